@@ -1,0 +1,45 @@
+# make demo   set everything up and run the comparison; ends in a table and a report
+# make test   set everything up and pass the tests
+# make check  lint, types, tests: what CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU torch by default. For a GPU: make install TORCH=torch (or any pip requirement).
+ifeq ($(shell uname),Darwin)
+TORCH ?= torch>=2.11
+else
+TORCH ?= torch==2.13.0+cpu
+endif
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow check lint clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "spannorm needs Python 3.11 or newer; try make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/spannorm compare recipes/demo.yaml --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,21 @@
+"""The one error for bad input, and the words that help mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work. The message names the rule, what was given and what to do.
+
+    The command line prints it alone and exits with 2; a library caller may catch it as a `ValueError`.
+    """
+
+
+def unknown(what: str, given: object, known: Iterable[str]) -> InputError:
+    """The error for a name that is not known: names the nearest known one, and all of them."""
+    names = list(known)
+    near = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {what} {given!r}: {hint}Known: {', '.join(names)}.")

@@ -1,0 +1,256 @@
+"""A recipe: what to train, on what, how, and what to compare. YAML files map onto these classes one to one.
+
+Frozen dataclasses are the truth; `--set train.learning_rate=1e-3` and the arms of a comparison are the same
+dotted keys laid over the same mapping.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spannorm.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the text comes from and how it becomes tokens."""
+
+    corpus: str = "stdlib"
+    """`stdlib` (the running Python's own standard library), or a local folder or file: .txt, .py, .md and
+    other text (a file is a document), .jsonl, .parquet."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL and parquet."""
+    document_separator: str | None = None
+    """For text files: a string that ends a document, so that one file can hold many."""
+    tokenizer: str = "bytes"
+    """`bytes`; `bpe` (byte-level BPE trained on the training documents); or the folder or Hub name of any
+    Hugging Face tokenizer."""
+    vocab_size: int = 8192
+    """Vocabulary of a `bpe` tokenizer, end-of-document token included. Other tokenizers bring their own."""
+    validation_fraction: float = 0.02
+    test_fraction: float = 0.02
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """One training run: AdamW, warm-up, then cosine or warm-up–stable–decay."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    sequence_length: int = 128
+    batch_size: int = 4
+    """Sequences per forward pass and device."""
+    accumulation: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 6e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """`cosine`, or `wsd`: constant after warm-up, then linear decay."""
+    warmup_steps: int = 20
+    decay_fraction: float = 0.2
+    """`wsd` only: the share of the steps spent decaying."""
+    final_learning_rate: float = 0.1
+    """The last learning rate as a share of the peak."""
+    weight_decay: float = 0.1
+    """On matrices; never on norms, biases, learned gains and embeddings."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    precision: str = "auto"
+    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
+    compile: bool = False
+    activation_checkpointing: bool = False
+    evaluation_sequences: int = 64
+    """Sequences of the validation (and of the test) split that measure the final loss."""
+    checkpoint_every: int = 100
+    """Optimizer steps between checkpoints; the last step is always one."""
+    probe_every: int = 50
+    """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
+    seed: int = 0
+    """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
+    threads: int = 0
+    """CPU threads of this run; 0 leaves PyTorch's choice."""
+
+
+@dataclass(frozen=True)
+class CompareRecipe:
+    """What a comparison varies. Keys are the dotted keys of `--set`; any key of the recipe will do."""
+
+    arms: tuple[Mapping[str, Any], ...] = ()
+    """One mapping per arm: how it differs from the recipe."""
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Every arm is run with every combination of these values."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. `model` holds the keys of `SpanNormConfig` (all but `vocab_size` may be left out)."""
+
+    name: str = "run"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: DataRecipe = DataRecipe()
+    train: TrainRecipe = TrainRecipe()
+    compare: CompareRecipe = CompareRecipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain mapping that `recipe_from_dict` turns back into an equal recipe."""
+        return asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file and lay `key=value` overrides over it.
+
+    Raises `InputError` on a missing file, broken YAML, an unknown key or a value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no recipe at {path}: give the path of a YAML file, such as recipes/demo.yaml.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a mapping with the keys {', '.join(_names(Recipe))}.")
+    raw.setdefault("name", path.stem)
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--set takes key=value, such as train.steps=100; {item!r} has no '='.")
+        set_key(raw, key.strip(), yaml.safe_load(value))
+    return recipe_from_dict(raw)
+
+
+def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from a plain mapping, checking every key, kind and range."""
+    recipe: Recipe = _build(Recipe, raw, "recipe")
+    _check_ranges(recipe)
+    return recipe
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key (`train.steps`) in nested mappings, in place."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = raw.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"cannot set {key!r}: {parent!r} is a value, not a section.")
+        raw = child
+    raw[last] = value
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where} must be a mapping with the keys {', '.join(_names(cls))}; got {raw!r}.")
+    kinds = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in kinds:
+            raise unknown(f"key in {where}", key, _names(cls))
+        at = key if where == "recipe" else f"{where}.{key}"
+        values[key] = _build(kinds[key], value, at) if is_dataclass(kinds[key]) else _cast(kinds[key], value, at)
+    return cls(**values)
+
+
+def _cast(kind: Any, value: Any, where: str) -> Any:
+    """The value as the kind the field asks for, or an error that says what it asks for."""
+    wrong = InputError(f"{where} must be {_words(kind)}; got {value!r}.")
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise wrong
+        return tuple(_cast(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {str(k): _cast(typing.get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is Any:
+        return number_or_text(value)
+    if kind is float and not isinstance(value, bool):
+        value = number_or_text(value)
+        if isinstance(value, int | float):
+            return float(value)
+    elif kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif isinstance(value, kind):
+        return value
+    raise wrong
+
+
+def number_or_text(value: Any) -> Any:
+    """YAML 1.1 reads `6e-3` as text; a recipe means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _words(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_words(k) for k in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    origin = typing.get_origin(kind)
+    if origin is not None:
+        return "a list" if origin is tuple else "a mapping"
+    return names.get(kind, str(kind))
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    t, d = recipe.train, recipe.data
+    positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
+    positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
+    not_negative = ["warmup_steps", "weight_decay", "clip_norm", "threads", "seed"]
+    for name in positive:
+        if not getattr(t, name) > 0:
+            raise InputError(f"train.{name} must be above 0; got {getattr(t, name)}.")
+    for name in not_negative:
+        if not getattr(t, name) >= 0:
+            raise InputError(f"train.{name} must not be negative; got {getattr(t, name)}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(t, name) < 1:
+            raise InputError(f"train.{name} must lie in [0, 1); got {getattr(t, name)}.")
+    for name in ("decay_fraction", "final_learning_rate"):
+        if not 0 <= getattr(t, name) <= 1:
+            raise InputError(f"train.{name} must lie in [0, 1]; got {getattr(t, name)}.")
+    if t.sequence_length < 2:
+        raise InputError(f"train.sequence_length must be at least 2; got {t.sequence_length}.")
+    if t.warmup_steps >= t.steps:
+        raise InputError(
+            f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): "
+            f"try {t.steps // 10}."
+        )
+    for name, value, known in [
+        ("train.schedule", t.schedule, ("cosine", "wsd")),
+        ("train.precision", t.precision, ("auto", "fp32", "bf16")),
+    ]:
+        if value not in known:
+            raise unknown(name, value, known)
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 < getattr(d, name) < 0.5:
+            raise InputError(f"data.{name} must lie between 0 and 0.5; got {getattr(d, name)}.")
+    if d.vocab_size < 258:
+        raise InputError(
+            f"data.vocab_size must be at least 258 (256 bytes, the end-of-document token and one merge); "
+            f"got {d.vocab_size}."
+        )
