@@ -237,8 +237,7 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(f"train.sequence_length must be at least 2; got {t.sequence_length}.")
     if t.warmup_steps >= t.steps:
         raise InputError(
-            f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): "
-            f"try {t.steps // 10}."
+            f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."
         )
     for name, value, known in [
         ("train.schedule", t.schedule, ("cosine", "wsd")),

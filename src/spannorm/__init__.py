@@ -1,0 +1,51 @@
+"""spannorm: decide where the norms of a deep Transformer go.
+
+The core (placements, depth rules, init) needs PyTorch alone. The Hugging Face side loads on first use:
+`spannorm.SpanNormConfig`, `spannorm.SpanNormForCausalLM`, or `import spannorm.models`, which registers the Auto
+classes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from spannorm.errors import InputError
+from spannorm.init import init_plan, init_receipt, init_weights_, parameter_groups
+from spannorm.norms import LayerNorm, RMSNorm
+from spannorm.placements import PLACEMENTS, Placement, PostNorm, PreNorm, SpanNorm, build_placement
+from spannorm.scaling import depth_rule, depth_rule_names
+
+if TYPE_CHECKING:
+    from spannorm.models import SpanNormConfig, SpanNormForCausalLM, SpanNormModel
+
+__version__ = "0.1.0"
+
+_LAZY = {name: "spannorm.models" for name in ("SpanNormConfig", "SpanNormForCausalLM", "SpanNormModel")}
+
+__all__ = [
+    "PLACEMENTS",
+    "InputError",
+    "LayerNorm",
+    "Placement",
+    "PostNorm",
+    "PreNorm",
+    "RMSNorm",
+    "SpanNorm",
+    "SpanNormConfig",
+    "SpanNormForCausalLM",
+    "SpanNormModel",
+    "build_placement",
+    "depth_rule",
+    "depth_rule_names",
+    "init_plan",
+    "init_receipt",
+    "init_weights_",
+    "parameter_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'spannorm' has no attribute {name!r}")

@@ -1,0 +1,191 @@
+"""What a parameter's role decides: its first value, its learning rate, its weight decay.
+
+Works on any module whose parameters carry the Llama family's names and whose blocks hold a `Placement` under the
+name `placement`. Each tensor's standard-normal draw is seeded by (seed, parameter name), so that models which
+differ in placement or depth rule share a body and differ by std alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.errors import InputError
+from spannorm.placements import Placement
+from spannorm.scaling import DepthRule, Role, base_std, depth_rule
+
+ROLE_OF_MODULE: dict[str, Role] = {
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "attn_out",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+ROLE_OF_PARAMETER: dict[str, Role] = {"attn_scale": "gain", "ffn_scale": "gain", "bias": "bias"}
+
+NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "gain", "embedding"})
+
+
+def role_of(name: str) -> Role:
+    """The role of a parameter, read off its dotted name.
+
+    Raises:
+        InputError: no role is known for that name.
+    """
+    module, _, leaf = name.rpartition(".")
+    module = module.rpartition(".")[2]
+    if leaf in ROLE_OF_PARAMETER:
+        return ROLE_OF_PARAMETER[leaf]
+    if leaf == "weight" and module.endswith("norm"):
+        return "norm"
+    if module in ROLE_OF_MODULE:
+        return ROLE_OF_MODULE[module]
+    raise InputError(
+        f"no role is known for the parameter {name!r}: name its module one of {', '.join(ROLE_OF_MODULE)}."
+    )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A parameter's initial distribution: N(mean, std²), constant where std is 0."""
+
+    role: Role
+    mean: float
+    std: float
+
+
+def _named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role, DepthRule]]:
+    """Each parameter once, with its role and the depth rule of the block it stands in (`none` outside)."""
+    rules = {name: m.placement.rule for name, m in model.named_modules() if isinstance(_placement(m), Placement)}
+    outside = depth_rule("none", 1)
+    for name, parameter in model.named_parameters():
+        block = next((b for b in rules if name.startswith(f"{b}." if b else "")), None)
+        yield name, parameter, role_of(name), outside if block is None else rules[block]
+
+
+def _placement(module: nn.Module) -> object:
+    return getattr(module, "placement", None)
+
+
+def init_plan(
+    model: nn.Module, *, base_init: str = "fan_in", initializer_range: float = 0.02, tied: bool = False
+) -> dict[str, Draw]:
+    """How every parameter is to be drawn: base std by role, times the depth rule's factor for that role.
+
+    Works on meta device: only names and shapes are read.
+    """
+    plan = {}
+    for name, parameter, role, rule in _named_roles(model):
+        fan_in = parameter.shape[-1] if parameter.ndim else 1
+        std = base_std(role, fan_in, base_init=base_init, initializer_range=initializer_range, tied=tied)
+        mean = {"norm": 1.0, "gain": rule.gain}.get(role, 0.0)
+        plan[name] = Draw(role, mean, std * rule.init.get(role, 1.0))
+    return plan
+
+
+@torch.no_grad()
+def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, prefix: str = "") -> None:
+    """Draw parameters as planned, in place; names absent from the plan are left alone.
+
+    Args:
+        plan: from `init_plan`.
+        seed: with the parameter's name it seeds the draw, on CPU in fp32 whatever the parameter's device and dtype.
+        prefix: taken off a name before it seeds, so that a body draws the same alone and inside a causal LM.
+    """
+    for name, parameter in model.named_parameters():
+        if name in plan:
+            draw = plan[name]
+            value = torch.full(parameter.shape, draw.mean)
+            if draw.std:
+                value += draw.std * standard_normal(parameter.shape, seed, name.removeprefix(prefix))
+            parameter.copy_(value)
+
+
+def standard_normal(shape: torch.Size, seed: int, name: str) -> Tensor:
+    """N(0, 1) of a shape, fp32 on CPU, fixed by (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class ReceiptRow:
+    """One tensor: what its draw should be and what it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    expected: Draw
+    mean: float
+    std: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class InitReceipt:
+    """Expected against actual mean and std of every parameter; `print` it, or assert `not receipt.mismatches`."""
+
+    rows: tuple[ReceiptRow, ...]
+
+    @property
+    def mismatches(self) -> tuple[ReceiptRow, ...]:
+        return tuple(row for row in self.rows if not row.ok)
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [f"{'parameter':{width}}  role       expected std   actual std"]
+        for row in self.rows:
+            flag = "" if row.ok else "  ✗ mismatch"
+            lines.append(f"{row.name:{width}}  {row.expected.role:9}  {row.expected.std:12.6g} {row.std:12.6g}{flag}")
+        bad = len(self.mismatches)
+        return "\n".join([*lines, f"{len(self.rows)} tensors, {bad or 'no'} mismatch{'' if bad == 1 else 'es'}"])
+
+
+@torch.no_grad()
+def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
+    """Hold a freshly drawn model against its plan.
+
+    A drawn tensor of n elements passes when its mean and std lie within five standard errors, σ/√n and σ/√(2n), plus
+    the rounding of its dtype; a constant must be constant.
+
+    Raises:
+        InputError: the model is still on meta device and has no values to hold.
+    """
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name} is on meta device: call to_empty and init_weights_ before asking for the receipt."
+            )
+        draw, n = plan[name], parameter.numel()
+        value = parameter.double()
+        mean, std = value.mean().item(), value.std(correction=0).item()
+        rounding = 2 * torch.finfo(parameter.dtype).eps
+        mean_off = 5 * draw.std / n**0.5 + rounding * max(abs(draw.mean), draw.std)
+        std_off = 5 * draw.std / (2 * n) ** 0.5 + rounding * max(abs(draw.mean), draw.std)
+        ok = abs(mean - draw.mean) <= mean_off and abs(std - draw.std) <= std_off
+        rows.append(ReceiptRow(name, tuple(parameter.shape), draw, mean, std, ok))
+    return InitReceipt(tuple(rows))
+
+
+def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups for AdamW, one per (learning rate, weight decay).
+
+    Weight decay falls on matrices alone: not on norms, biases, learned gains and embeddings (nor on a head tied to
+    one). Where the depth rule is `:init+lr` with factor c, the output matrices get learning rate c·η and decay λ/c:
+    the Adam twin of the forward factor c (docs/depth_rules.md).
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for _, parameter, role, rule in _named_roles(model):
+        if parameter.requires_grad:
+            c = rule.learning_rate.get(role, 1.0)
+            decay = 0.0 if role in NO_DECAY else weight_decay / c
+            groups.setdefault((c * learning_rate, decay), []).append(parameter)
+    return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]

@@ -1,0 +1,96 @@
+"""`SpanNormConfig`: a Llama configuration that also says where the norms go and how the weights are drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from spannorm.errors import InputError, unknown
+from spannorm.norms import NORMS
+from spannorm.placements import PLACEMENTS, Placement, build_placement
+
+
+@strict
+class SpanNormConfig(LlamaConfig):
+    """Configuration of `SpanNormModel`. All keys of `LlamaConfig`, and:
+
+    Args:
+        placement: a name of `spannorm.PLACEMENTS`.
+        depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default, so that files record the
+            resolved name.
+        placement_options: the placement's own options, such as `{"initial_norm": "embedding"}` for `span`.
+        norm: `rmsnorm` or `layernorm`.
+        qk_norm: RMSNorm on each head's queries and keys, before RoPE.
+        base_init: `fan_in` (body N(0, 1/fan_in), embedding std 1, head d^-1/2) or `normal` (`initializer_range`).
+        init_seed: seeds every parameter's draw together with its name; `torch.manual_seed` has no say.
+        embedding_multiplier: what the embedding is multiplied with on input. None becomes √d for tied embeddings
+            under `fan_in` (whose std is then d^-1/2), and 1 otherwise.
+
+    Raises:
+        InputError: sizes that do not divide, an unknown placement, rule, norm or base init.
+    """
+
+    model_type = "spannorm"
+
+    placement: str = "span"
+    depth_rule: str | None = None
+    placement_options: dict[str, Any] | None = None
+    norm: str = "rmsnorm"
+    qk_norm: bool = False
+    base_init: str = "fan_in"
+    init_seed: int = 0
+    embedding_multiplier: float | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
+            if not getattr(self, name) >= 1:
+                raise InputError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        self._check_divides("hidden_size", "num_attention_heads", by_default=self.head_dim is None)
+        self._check_divides("num_attention_heads", "num_key_value_heads")
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
+            raise InputError(
+                f"the head size ({head_dim} = `hidden_size` {self.hidden_size} / `num_attention_heads` "
+                f"{self.num_attention_heads}) must be even for RoPE: change one of the two."
+            )
+        if self.placement not in PLACEMENTS:
+            raise unknown("placement", self.placement, PLACEMENTS)
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
+        if self.base_init not in ("fan_in", "normal"):
+            raise unknown("base_init", self.base_init, ["fan_in", "normal"])
+        self.depth_rule = self.build_placement(0).rule.name
+        if self.embedding_multiplier is None:
+            scaled = self.tie_word_embeddings and self.base_init == "fan_in"
+            self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
+        super().__post_init__(**kwargs)
+
+    def _check_divides(self, whole: str, part: str, by_default: bool = True) -> None:
+        a, b = getattr(self, whole), getattr(self, part)
+        if b is not None and by_default and (b < 1 or a % b):
+            nearest = max(b, round(a / b) * b) if b >= 1 else None
+            fix = f"; try {nearest}" if nearest else ""
+            raise InputError(f"`{whole}` ({a}) must be divisible by `{part}` ({b}){fix}.")
+
+    def build_placement(self, layer_idx: int) -> Placement:
+        """The placement of one block, as this configuration has it."""
+        return build_placement(
+            self.placement,
+            hidden_size=self.hidden_size,
+            layer_idx=layer_idx,
+            num_layers=self.num_hidden_layers,
+            depth_rule=self.depth_rule,
+            norm=self.norm,
+            eps=self.rms_norm_eps,
+            **(self.placement_options or {}),
+        )

@@ -1,0 +1,217 @@
+"""The language model: Transformers' attention, MLP, RoPE and cache, wired by a placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_
+from spannorm.models.configuration import SpanNormConfig
+from spannorm.models.sublayers import build_attention, build_ffn
+from spannorm.norms import build_norm
+from spannorm.shapes import Stream
+
+
+class SpanNormDecoderLayer(GradientCheckpointingLayer):
+    """One block: a placement around attention and feed-forward. It knows neither which placement nor which FFN."""
+
+    def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.placement = config.build_placement(layer_idx)
+        self.self_attn = build_attention(config, layer_idx)
+        self.mlp = build_ffn(config)
+
+    def forward(self, hidden_states: Stream, **kwargs: Any) -> Stream:
+        def attn(x: Stream) -> Stream:
+            return self.self_attn(hidden_states=x, **kwargs)[0]
+
+        return self.placement(hidden_states, attn, self.mlp)
+
+
+class SpanNormPreTrainedModel(PreTrainedModel):
+    config: SpanNormConfig
+    config_class = SpanNormConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpanNormDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": SpanNormDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+
+    def init_plan(self) -> dict[str, Draw]:
+        """How every parameter is to be drawn, by this model's configuration."""
+        return init_plan(
+            self,
+            base_init=self.config.base_init,
+            initializer_range=self.config.initializer_range,
+            tied=self.config.tie_word_embeddings,
+        )
+
+    def init_receipt(self) -> InitReceipt:
+        """Expected against actual std of every parameter of a freshly drawn model."""
+        return init_receipt(self, self.init_plan())
+
+    def init_weights_(self) -> None:
+        """Draw all weights anew, in place: for a model built on meta device, after `to_empty`."""
+        self.tie_weights()
+        for module in self.modules():
+            if isinstance(module, LlamaRotaryEmbedding):
+                super()._init_weights(module)
+        self._draw(self.init_plan())
+
+    def _draw(self, plan: dict[str, Draw]) -> None:
+        init_weights_(self, plan, seed=self.config.init_seed, prefix=f"{self.base_model_prefix}.")
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # Transformers initializes module by module, but a draw needs the parameter's name, which only the root knows.
+        # So the root draws all that was neither loaded nor drawn by the body it wraps; both are flagged.
+        super().initialize_weights()
+        fresh = {n: p for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+        self._draw({name: draw for name, draw in self.init_plan().items() if name in fresh})
+        for parameter in fresh.values():
+            parameter._is_hf_initialized = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # What is left to Transformers: RoPE's buffers, and the table that resize_token_embeddings is about to fill.
+        new_table = isinstance(module, nn.Embedding) and module is not self.get_input_embeddings()
+        if new_table or isinstance(module, LlamaRotaryEmbedding):
+            super()._init_weights(module)
+
+
+class SpanNormModel(SpanNormPreTrainedModel):
+    """The decoder: embedding, blocks, and whatever norms at the two ends the placement asks for."""
+
+    def __init__(self, config: SpanNormConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(SpanNormDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        ends = config.build_placement(0), config.build_placement(config.num_hidden_layers - 1)
+        self.embedding_norm = self._new_norm() if ends[0].embedding_norm else nn.Identity()
+        self.norm = self._new_norm() if ends[1].final_norm else nn.Identity()
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _new_norm(self) -> nn.Module:
+        return build_norm(self.config.norm, self.config.hidden_size, self.config.rms_norm_eps)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        multiplier = self.config.embedding_multiplier
+        if multiplier is not None and multiplier != 1.0:
+            inputs_embeds = inputs_embeds * multiplier
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.embedding_norm(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
+    """A causal language model with any placement.
+
+    With `placement="pre"` it computes what Transformers' Llama computes from the same weights.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: SpanNormConfig) -> None:
+        super().__init__(config)
+        self.model = SpanNormModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, seq, vocab), and with `labels` (batch, seq; shifted inside, -100 ignored) the mean
+        cross-entropy in nats per token."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

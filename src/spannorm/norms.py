@@ -1,0 +1,94 @@
+"""RMSNorm and LayerNorm, with the one operation every placement is made of: add, then normalize."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spannorm.errors import unknown
+from spannorm.shapes import Stream
+
+Scale = float | Tensor
+"""A factor on a skip or a branch: a constant of the depth, or a learned gain (scalar or one per channel)."""
+
+
+def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) -> Stream:
+    """`skip·x + branch·f`, in as few passes over memory as PyTorch allows."""
+    if not isinstance(skip, float) or skip != 1.0:
+        x = skip * x
+    if isinstance(branch, float):
+        return torch.add(x, f, alpha=branch)
+    return torch.addcmul(x, f, branch.to(f.dtype))
+
+
+class Norm(nn.Module, ABC):
+    """What the two norms share: a gain, and a forward that may add a branch first.
+
+    Args:
+        hidden_size: channels of the last dimension.
+        eps: added to the mean square (or variance) inside the root.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    @abstractmethod
+    def normalize(self, x: Stream) -> Stream:
+        """`N(x)`, each position by itself over the last dimension."""
+
+    @overload
+    def forward(self, x: Stream, f: Stream | None = ..., *, skip: Scale = ..., branch: Scale = ...) -> Stream: ...
+    @overload
+    def forward(
+        self, x: Stream, f: Stream, *, skip: Scale = ..., branch: Scale = ..., return_sum: Literal[True]
+    ) -> tuple[Stream, Stream]: ...
+    def forward(
+        self,
+        x: Stream,
+        f: Stream | None = None,
+        *,
+        skip: Scale = 1.0,
+        branch: Scale = 1.0,
+        return_sum: bool = False,
+    ) -> Stream | tuple[Stream, Stream]:
+        """`N(skip·x + branch·f)`, or `N(x)` without `f`; with `return_sum` the pair (normed, sum)."""
+        total = x if f is None else scaled_add(x, f, skip=skip, branch=branch)
+        normed = self.normalize(total)
+        return (normed, total) if return_sum else normed
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class RMSNorm(Norm):
+    """`x / √(mean(x²) + eps) · weight`, in the input's dtype, half precision summed in fp32."""
+
+    def normalize(self, x: Stream) -> Stream:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(Norm):
+    """`(x − mean) / √(var + eps) · weight + bias`."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def normalize(self, x: Stream) -> Stream:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def build_norm(name: str, hidden_size: int, eps: float = 1e-6) -> Norm:
+    """A norm by name: `rmsnorm` or `layernorm`."""
+    if name not in NORMS:
+        raise unknown("norm", name, NORMS)
+    return NORMS[name](hidden_size, eps)

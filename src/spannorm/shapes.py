@@ -1,0 +1,17 @@
+"""Names for tensor shapes, so that signatures say them. Checked at run time only under pytest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    Stream = Tensor
+else:
+    try:
+        from jaxtyping import Float
+
+        Stream = Float[Tensor, "batch seq *streams hidden"]
+    except ImportError:  # needed to check shapes, not to run
+        Stream = Tensor
