@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """The work was asked to stop (Ctrl-C, SIGTERM), has saved what it did, and goes on when run again."""
+
+
 def unknown(what: str, given: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not known: names the nearest known one, and all of them."""
     names = list(known)

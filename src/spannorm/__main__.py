@@ -1,0 +1,3 @@
+from spannorm.cli import main
+
+main()

@@ -1,0 +1,376 @@
+"""Tokens on disk, and the sequences cut from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields
+from glob import escape
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from spannorm.errors import InputError, unknown
+from spannorm.train.corpus import documents
+from spannorm.train.recipe import DataRecipe
+from spannorm.train.tokenizer import encode_documents, load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+_DESCRIPTION = "data.json"
+_TOKENS = 1 << 22  # counted at a time
+_ABANDONED = 3600.0  # seconds without a write after which a half-written folder counts as left by a dead process
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one token file holds."""
+
+    tokens: int
+    """End-of-document tokens included."""
+    documents: int
+    bytes: int
+    """Of the documents as UTF-8 text."""
+    sha256: str
+    """Of the token file."""
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A folder of tokens: `train.bin`, `validation.bin`, `test.bin`, `tokenizer/` and `data.json`.
+
+    A token file is a row of little-endian integers of `dtype`; every document is followed by the token
+    `end_of_document`. `sha256` covers the tokens of all splits: runs that share it saw the same data.
+    `corpus_sha256` covers the distinct documents, whatever their order and tokenizer, and `duplicates`
+    counts those that were dropped.
+    """
+
+    directory: Path
+    recipe: DataRecipe
+    vocab_size: int
+    end_of_document: int
+    dtype: str
+    sha256: str
+    corpus_sha256: str
+    duplicates: int
+    splits: Mapping[str, Split]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TokenData:
+        """Open data that `prepare_data` wrote.
+
+        Raises `InputError` when there is none, or a file is unreadable or not as long as it was. The tokens
+        themselves are not read, so bytes changed in place go unseen.
+        """
+        directory = Path(directory)
+        again = f"delete the folder {directory} and prepare the data again."
+        try:
+            raw = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+            entries = raw.pop("splits")
+            splits = {name: Split(**entries[name]) for name in SPLITS}
+            data = cls(directory, DataRecipe(**raw.pop("recipe")), splits=splits, **raw)
+            width = np.dtype(data.dtype).itemsize
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"no prepared data in {directory}: it has no {_DESCRIPTION}.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{directory / _DESCRIPTION} is not readable ({error}): {again}") from None
+        for name, split in splits.items():
+            path = directory / f"{name}.bin"
+            size = path.stat().st_size if path.is_file() else 0
+            off = size - split.tokens * width
+            if off:
+                wrong = f"truncated by {-off}" if off < 0 else f"too long by {off}"
+                raise InputError(
+                    f"{path} is {wrong} bytes: it has {size}, and {_DESCRIPTION} says {size - off}; {again}"
+                )
+        return data
+
+    def split(self, name: str) -> Split:
+        """The description of a split; `InputError` for a name not in `SPLITS`."""
+        if name not in self.splits:
+            raise unknown("split", name, self.splits)
+        return self.splits[name]
+
+    def tokens(self, split: str) -> np.ndarray:
+        """The tokens of a split, shape (tokens,), as a read-only memory map."""
+        shape = (self.split(split).tokens,)
+        return np.memmap(self.directory / f"{split}.bin", _on_disk(self.dtype), mode="r", shape=shape)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer the data was made with."""
+        return AutoTokenizer.from_pretrained(self.directory / "tokenizer", trust_remote_code=False)
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text per token; nats per token divided by (this · ln 2) are bits per byte."""
+        return self.split(split).bytes / self.split(split).tokens
+
+    def unigram_loss(self, split: str = "validation") -> float:
+        """Cross-entropy of a split, in nats per token, under the unigram frequencies of the training tokens.
+
+        Every count is raised by one, so that a token not seen in training costs a finite amount. A model
+        that is not well below this has learned no more than which tokens are frequent.
+        """
+        frequency = self._counts("train") + 1
+        seen = self._counts(split)
+        return float(seen @ (math.log(frequency.sum()) - np.log(frequency)) / seen.sum())
+
+    def _counts(self, split: str) -> np.ndarray:
+        tokens = self.tokens(split)
+        counts = np.zeros(self.vocab_size, np.int64)
+        for start in range(0, len(tokens), _TOKENS):
+            counts += np.bincount(tokens[start : start + _TOKENS], minlength=self.vocab_size)
+        return counts
+
+
+def prepare_data(recipe: DataRecipe, directory: str | Path) -> TokenData:
+    """Turn the corpus into tokens in `directory`, or open what an equal recipe left there.
+
+    Exact duplicates are dropped. The split goes by document: in the order of the SHA-256 of their text, the
+    first documents go to validation until they reach `validation_fraction` of all bytes, the next to test
+    likewise, the rest to train. So a document's split depends on the texts alone, not on file names. Within
+    a split the documents keep the order of the corpus. No document is held longer than it takes to encode.
+
+    The folder appears whole or not at all. Data that is there already is trusted: an equal recipe does not
+    prove that the files of the corpus, or the Python whose library it is, are still the same.
+
+    Raises `InputError` as `documents` and `load_tokenizer` do, before anything is written; for fewer than
+    three distinct documents; when the folder holds something else or another recipe's data; and when it
+    cannot be written.
+    """
+    directory = Path(directory).absolute()
+    try:
+        if not (directory / _DESCRIPTION).exists():
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise InputError(f"{directory} holds something else than prepared data: give a new folder.")
+            _prepare(recipe, directory)
+    except OSError as error:
+        raise InputError(
+            f"cannot write token files to {directory}: {error.strerror or error}. "
+            "Make room there, or give a folder that can be written."
+        ) from None
+    data = TokenData.open(directory)
+    differing = [
+        f"data.{field.name} ({there!r} there, {given!r} given)"
+        for field in fields(DataRecipe)
+        if (there := getattr(data.recipe, field.name)) != (given := getattr(recipe, field.name))
+    ]
+    if differing:
+        raise InputError(
+            f"{directory} holds data of another recipe: {', '.join(differing)}. Give another folder, or delete it."
+        )
+    return data
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which split each distinct document goes to, by the digest of its text."""
+
+    recipe: DataRecipe
+    split: dict[bytes, str]
+    bytes: dict[str, int]
+    duplicates: int
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Read the corpus again: (split, text) of each distinct document."""
+        waiting = dict(self.split)
+        for text in documents(self.recipe):
+            digest = sha256(text.encode()).digest()
+            if digest in waiting:
+                yield waiting.pop(digest), text
+            elif digest not in self.split:
+                waiting[digest] = ""
+                break
+        if waiting:
+            raise InputError("the corpus changed while it was being read: prepare the data again.")
+
+
+def _plan(recipe: DataRecipe) -> _Plan:
+    size: dict[bytes, int] = {}
+    read = 0
+    for text in documents(recipe):
+        encoded = text.encode()
+        size[sha256(encoded).digest()] = len(encoded)
+        read += 1
+    if len(size) < 3:
+        raise InputError(
+            f"the corpus {recipe.corpus!r} has {len(size)} distinct documents, and the three splits need one "
+            "each: give more files, or set data.document_separator to the text that ends a document."
+        )
+    rest = deque(sorted(size))
+    split: dict[bytes, str] = {}
+    total = dict.fromkeys(SPLITS, 0)
+    shares = {"validation": recipe.validation_fraction, "test": recipe.test_fraction, "train": math.inf}
+    for left, (name, share) in zip((2, 1, 0), shares.items(), strict=True):
+        while len(rest) > left and total[name] < share * sum(size.values()):
+            digest = rest.popleft()
+            split[digest] = name
+            total[name] += size[digest]
+    return _Plan(recipe, split, total, read - len(size))
+
+
+def _prepare(recipe: DataRecipe, directory: Path) -> None:
+    plan = _plan(recipe)
+    tokenizer = load_tokenizer(recipe, lambda: (text for split, text in plan.documents() if split == "train"))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory)
+    # A name of its own: two processes that prepare the same folder must not write into each other's files.
+    partial = directory.with_name(f".{directory.name}.{uuid4().hex}.partial")
+    try:
+        partial.mkdir()
+        _write(plan, tokenizer, partial)
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError:
+        if not (directory / _DESCRIPTION).exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(plan: _Plan, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps, so not the number of tokens
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    end = np.array([tokenizer.eos_token_id], _on_disk(dtype)).tobytes()
+    try:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except Exception as error:  # the writer behind it raises a plain Exception when the disk is full
+        raise OSError(str(error)) from None
+    digest = {name: sha256() for name in SPLITS}
+    tokens = dict.fromkeys(SPLITS, 0)
+    going_to: deque[str] = deque()  # the splits of the texts read but not yet encoded
+
+    def texts() -> Iterator[str]:
+        for split, text in plan.documents():
+            going_to.append(split)
+            yield text
+
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in SPLITS}
+        for ids in encode_documents(tokenizer, texts()):
+            name = going_to.popleft()
+            encoded = ids.astype(_on_disk(dtype)).tobytes() + end
+            files[name].write(encoded)
+            digest[name].update(encoded)
+            tokens[name] += len(ids) + 1
+
+    placed = list(plan.split.values())
+    splits = {
+        name: Split(tokens[name], placed.count(name), plan.bytes[name], digest[name].hexdigest()) for name in SPLITS
+    }
+    description = {
+        "recipe": asdict(plan.recipe),
+        "vocab_size": vocab_size,
+        "end_of_document": tokenizer.eos_token_id,
+        "dtype": dtype,
+        "sha256": sha256("".join(splits[name].sha256 for name in SPLITS).encode()).hexdigest(),
+        "corpus_sha256": sha256(b"".join(sorted(plan.split))).hexdigest(),
+        "duplicates": plan.duplicates,
+        "splits": {name: asdict(split) for name, split in splits.items()},
+    }
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Clear away what a killed process left; one that is still at work has written lately."""
+    for folder in directory.parent.glob(f".{escape(directory.name)}.*.partial"):
+        with suppress(FileNotFoundError):  # another process clears it away too
+            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - written > _ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _on_disk(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """The sequences of a split: consecutive windows of `sequence_length` tokens, a shorter rest left out.
+
+    Documents are packed: a window may begin inside a document and hold several. Attention crosses their
+    borders, which only the end-of-document token marks.
+
+    Item: `input_ids` and `labels`, each int64 of shape (sequence_length,) and equal: the model shifts.
+    Raises `InputError` when the split is shorter than one window.
+    """
+
+    def __init__(self, data: TokenData, split: str, sequence_length: int) -> None:
+        held = data.split(split).tokens
+        if held < sequence_length:
+            fraction = "" if split == "train" else f"a larger data.{split}_fraction, "
+            raise InputError(
+                f"the {split} split holds {held} tokens, fewer than one sequence of {sequence_length}: "
+                f"use a larger corpus, {fraction}or a smaller train.sequence_length."
+            )
+        self.data, self.split, self.sequence_length = data, split, sequence_length
+        self._tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.data.split(self.split).tokens // self.sequence_length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._tokens is None:
+            self._tokens = self.data.tokens(self.split)
+        start = index * self.sequence_length
+        ids = torch.from_numpy(self._tokens[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokens": None}  # a pickled memory map is the whole file
+
+
+class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
+    """All `count` sequences that a run sees, in order: item `i` is the same for every run of that `seed`.
+
+    The windows of the training split (see `Windows`, also for the items and for how documents are packed)
+    are visited epoch after epoch, each time in another order. The order is drawn from (`seed`, epoch) alone,
+    so a run may resume at any item at once, and it does not change with NumPy's version.
+    """
+
+    def __init__(self, data: TokenData, sequence_length: int, count: int, seed: int) -> None:
+        self.windows = Windows(data, "train", sequence_length)
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        epoch, place = divmod(index, len(self.windows))
+        if epoch != self._epoch:
+            draw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.windows))
+            self._epoch, self._order = epoch, np.argsort(draw, kind="stable")
+        return self.windows[int(self._order[place])]
+
+
+def evaluation_sequences(
+    data: TokenData, split: str, sequence_length: int, count: int
+) -> Dataset[dict[str, torch.Tensor]]:
+    """`count` windows spread evenly over a split, or all of them if there are fewer; the same for everybody.
+
+    They do not overlap; for the items and the `InputError` see `Windows`.
+    """
+    windows = Windows(data, split, sequence_length)
+    count = min(count, len(windows))
+    chosen: Sequence[int] = [place * len(windows) // count for place in range(count)]
+    return Subset(windows, chosen)

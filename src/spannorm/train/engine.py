@@ -1,0 +1,91 @@
+"""The engine: Hugging Face's Trainer with our parameter groups and data order."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from spannorm.init import parameter_groups
+from spannorm.train.recipe import TrainRecipe
+
+_NAMES = {f.name for f in fields(TrainingArguments)}
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+"""Renamed within Transformers 5; the old name warns on the newer releases."""
+
+
+class Engine(Trainer):
+    """`Trainer`, except that the data set already is the run's order and that roles decide decay and learning rate."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer | None = self.optimizer
+        if optimizer is None:
+            args = self.args
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+            )
+            self.optimizer = optimizer = torch.optim.AdamW(
+                groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
+            )
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return SequentialSampler(self.train_dataset)
+
+    def mean_loss(self, sequences: Dataset, name: str) -> float:
+        """Mean loss over sequences of equal length, nats per token."""
+        return float(self.evaluate(sequences, metric_key_prefix=name)[f"{name}_loss"])
+
+
+def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
+    """A recipe's training section in Trainer's words."""
+    options: dict[str, Any]
+    if t.schedule == "cosine":
+        schedule, options = "cosine_with_min_lr", {"min_lr_rate": t.final_learning_rate}
+    else:
+        decay = max(1, round(t.decay_fraction * t.steps))
+        schedule = "warmup_stable_decay"
+        options = {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": t.final_learning_rate}
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=t.steps,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=options,
+        warmup_steps=t.warmup_steps,
+        weight_decay=t.weight_decay,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
+        max_grad_norm=t.clip_norm,
+        bf16=uses_bf16(t),
+        torch_compile=t.compile,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=t.checkpoint_every,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        seed=t.seed,
+        **{_CHECKPOINTING: t.activation_checkpointing},
+    )
+
+
+def uses_bf16(t: TrainRecipe) -> bool:
+    """Whether the forward pass runs under bf16 autocast; `auto` is yes on a GPU that has bf16."""
+    if t.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return t.precision == "bf16"

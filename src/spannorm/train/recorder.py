@@ -1,0 +1,108 @@
+"""What a run writes down as it goes, and when it stops. Everything else reads these files, never the process.
+
+records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds
+probes.jsonl    one line per probe: step and a `LayerRecord`
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spannorm.files import append_json, read_jsonl, write_text
+from spannorm.probes import LayerRecord
+
+RECORDS, PROBES = "records.jsonl", "probes.jsonl"
+
+
+class Recorder(TrainerCallback):
+    """Writes the records, stops on a loss that is not finite, and on a request to stop (Ctrl-C, SIGTERM).
+
+    Args:
+        folder: where the records go.
+        probe: makes one `LayerRecord` of the model as it stands.
+        probe_every: optimizer steps between probes.
+        on_step: called with each record, for a live display.
+        stop_with_parent: stop when the process that started this one is gone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        probe: Callable[[], LayerRecord],
+        probe_every: int,
+        on_step: Callable[[dict[str, Any]], None],
+        stop_with_parent: bool = False,
+    ) -> None:
+        self.folder, self.probe, self.probe_every, self.on_step = folder, probe, probe_every, on_step
+        self.parent = os.getppid() if stop_with_parent else None
+        self.stop_requested = False
+        self.diverged = False
+        self._began = self._seconds = 0.0
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Within the block, the first Ctrl-C or SIGTERM asks for a stop after the step; a second one is immediate."""
+
+        def ask(number: int, _: Any) -> None:
+            self.stop_requested = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run repeats the steps after its checkpoint: what they wrote before is taken back.
+        for name in (RECORDS, PROBES):
+            kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= state.global_step]
+            write_text(self.folder / name, "")
+            for record in kept:
+                append_json(self.folder / name, record)
+        if state.global_step == 0:
+            self._probe(0)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._seconds = time.perf_counter() - self._began
+        if self.stop_requested or (self.parent is not None and os.getppid() != self.parent):
+            self.stop_requested = control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        # Trainer keeps every log in each checkpoint's state file; ours are on disk already.
+        state.log_history.clear()
+        if "grad_norm" not in logs:
+            return
+        record = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs["grad_norm"],
+            "learning_rate": logs["learning_rate"],
+            "seconds": round(self._seconds, 6),
+        }
+        append_json(self.folder / RECORDS, record)
+        self.on_step(record)
+        if not math.isfinite(record["loss"]):
+            self.diverged, control.should_training_stop, control.should_save = True, True, False
+        elif state.global_step % self.probe_every == 0 or state.global_step == state.max_steps:
+            self._probe(state.global_step)
+
+    def _probe(self, step: int) -> None:
+        append_json(self.folder / PROBES, {"step": step, **self.probe().to_dict()})

@@ -1,0 +1,273 @@
+"""One training run, from a recipe to `result.json`, that can be stopped anywhere and goes on where it was.
+
+A run's folder:
+
+    run.json        the resolved recipe, the model's full configuration, versions, machine, data hash
+    records.jsonl   every optimizer step            (see recorder.py)
+    probes.jsonl    signal and gradient by layer
+    checkpoint-N/   the last two, complete or ignored (see checkpoints.py)
+    model/          the trained model with its tokenizer, for `from_pretrained`
+    tensorboard/    for `tensorboard --logdir`
+    result.json     written last
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from spannorm.errors import InputError, Stopped, unknown
+from spannorm.files import alone_in, make_folder, read_json, read_jsonl, write_json, writing_to
+from spannorm.models import SpanNormConfig, SpanNormForCausalLM
+from spannorm.probes import LayerRecord, measure_layers
+from spannorm.train.checkpoints import Sealer, check_config, last_complete
+from spannorm.train.data import TokenData, TrainingSequences, evaluation_sequences, prepare_data
+from spannorm.train.engine import Engine, arguments, uses_bf16
+from spannorm.train.environment import machine, versions
+from spannorm.train.health import failure, spike_steps
+from spannorm.train.recipe import Recipe
+from spannorm.train.recorder import RECORDS, Recorder
+
+RUN, RESULT = "run.json", "result.json"
+
+
+def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfig:
+    """The model a recipe asks for, its vocabulary and end token taken from the data.
+
+    Without data the sizes are checked all the same, before any time is spent on tokens.
+
+    Raises:
+        InputError: an unknown key, impossible sizes, or a vocabulary smaller than the tokenizer's.
+    """
+    known = [f.name for f in fields(SpanNormConfig)]
+    for key in recipe.model:
+        if key not in known:
+            raise unknown("key in model", key, known)
+    values: dict[str, Any] = {"max_position_embeddings": recipe.train.sequence_length, **recipe.model}
+    values["init_seed"] = recipe.train.seed
+    if data is not None:
+        values.setdefault("vocab_size", data.vocab_size)
+        values["eos_token_id"] = data.end_of_document
+        if values["vocab_size"] < data.vocab_size:
+            raise InputError(
+                f"model.vocab_size ({values['vocab_size']}) must be at least the tokenizer's vocabulary "
+                f"({data.vocab_size}): leave it out, and the tokenizer decides."
+            )
+    try:
+        config = SpanNormConfig(**values)
+    except StrictDataclassError as error:
+        raise InputError("model: " + " ".join(str(error.__cause__ or error).split())) from None
+    if config.max_position_embeddings < recipe.train.sequence_length:
+        raise InputError(
+            f"train.sequence_length ({recipe.train.sequence_length}) must not exceed model.max_position_embeddings "
+            f"({config.max_position_embeddings})."
+        )
+    return config
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    data: Path | None = None,
+    on_step: Callable[[dict[str, Any]], None] = lambda _: None,
+    stop_with_parent: bool = False,
+) -> dict[str, Any]:
+    """Train what a recipe describes and return what `result.json` holds; a finished run is only read.
+
+    Args:
+        recipe: its `compare` section is not looked at.
+        out: the run's folder; a run begun there with the same recipe goes on from its last complete checkpoint.
+        data: a folder written by `prepare_data`; None prepares the tokens in `out/data`.
+        on_step: called with every step's record.
+        stop_with_parent: stop, saved, when the process that started this one is gone.
+
+    Raises:
+        InputError: bad recipe, data or folder.
+        Stopped: Ctrl-C or SIGTERM, after a checkpoint was saved.
+    """
+    model_config(recipe)
+    make_folder(out)
+    # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
+    with alone_in(out, wait=60.0 if stop_with_parent else 0.0):
+        begun = _check_same_run(recipe, out)
+        if (out / RESULT).is_file():
+            return dict(read_json(out / RESULT))
+        return _train(recipe, out, data, on_step, stop_with_parent, begun)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    data: Path | None,
+    on_step: Callable[[dict[str, Any]], None],
+    stop_with_parent: bool,
+    begun: bool,
+) -> dict[str, Any]:
+    _quiet()
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    tokens = prepare_data(recipe.data, out / "data") if data is None else TokenData.open(data)
+    config = model_config(recipe, tokens)
+    t = recipe.train
+    sequences = TrainingSequences(tokens, t.sequence_length, t.steps * t.batch_size * t.accumulation, t.seed)
+    held_out = {
+        split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)
+        for split in ("validation", "test")
+    }
+    model = SpanNormForCausalLM(config)
+    if not begun:
+        write_json(out / RUN, _description(recipe, model, tokens))
+
+    probed = held_out["validation"]
+    batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
+
+    def probe() -> LayerRecord:
+        return _probe(engine, batch)
+
+    recorder = Recorder(out, probe, t.probe_every, on_step, stop_with_parent)
+    board = TensorBoardCallback()
+    board.logging_dir = str(out / "tensorboard")
+    engine = Engine(model, arguments(t, out), train_dataset=sequences, callbacks=[recorder, Sealer(), board])
+    engine.remove_callback(PrinterCallback)
+    checkpoint = last_complete(out)
+    if checkpoint is not None:
+        check_config(checkpoint, config)
+    with writing_to(out):
+        with recorder.catching_signals():
+            engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if recorder.stop_requested and engine.state.global_step < t.steps:
+            raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved")
+        losses = {
+            split: math.nan if recorder.diverged else engine.mean_loss(held_out[split], split) for split in held_out
+        }
+        result = _result(recipe, out, model, tokens, losses)
+        if not recorder.diverged:
+            model.save_pretrained(out / "model")
+            tokens.tokenizer().save_pretrained(out / "model")
+        write_json(out / RESULT, result)
+    return result
+
+
+def _check_same_run(recipe: Recipe, out: Path) -> bool:
+    """Whether this run was begun in the folder before; another one there is an error."""
+    if not (out / RUN).is_file():
+        strangers = [p.name for p in (out / RECORDS, out / RESULT, out / "comparison.json") if p.exists()]
+        if strangers:
+            raise InputError(
+                f"{out} already holds something else ({', '.join(strangers)}): choose another --out folder."
+            )
+        return False
+    there, here = read_json(out / RUN)["recipe"], run_recipe(recipe)
+    different = differences(there, here)
+    if different:
+        raise InputError(f"{out} already holds another run: {'; '.join(different)}. Choose another --out folder.")
+    return True
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that one run depends on."""
+    raw = recipe.to_dict()
+    del raw["compare"]
+    return raw
+
+
+def differences(there: Any, here: Any, key: str = "") -> list[str]:
+    """Each leaf at which two nested mappings differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        return [d for k in keys for d in differences(there.get(k), here.get(k), f"{key}.{k}" if key else k)]
+    there, here = (list(v) if isinstance(v, tuple) else v for v in (there, here))
+    return [] if there == here else [f"{key} is {there!r} there and {here!r} here"]
+
+
+def _description(recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
+    return {
+        "recipe": run_recipe(recipe),
+        "model_config": model.config.to_dict(),
+        "versions": versions(),
+        "machine": {**machine(), "threads": torch.get_num_threads()},
+        "data": {
+            "sha256": tokens.sha256,
+            "vocab_size": tokens.vocab_size,
+            "training_tokens": tokens.splits["train"].tokens,
+            "documents": sum(split.documents for split in tokens.splits.values()),
+        },
+    }
+
+
+def _probe(engine: Engine, batch: torch.Tensor) -> LayerRecord:
+    model = engine.accelerator.unwrap_model(engine.model)
+    training = model.training
+    model.eval()
+    inputs = batch.to(engine.args.device)
+    try:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.args.bf16):
+            return measure_layers(
+                model.model.layers, lambda: model(inputs, labels=inputs).loss, inputs.numel() - len(inputs)
+            )
+    finally:
+        model.train(training)
+
+
+def _result(
+    recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
+) -> dict[str, Any]:
+    """The row of `results.json` that this run is."""
+    t, config = recipe.train, model.config
+    records = read_jsonl(out / RECORDS)
+    train_losses = [r["loss"] for r in records]
+    spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
+    unigram = tokens.unigram_loss("validation")
+    reason = failure(train_losses, spiked, losses["validation"], unigram)
+    # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
+    seconds = statistics.median(r["seconds"] for r in records)
+    per_step = t.sequence_length * t.batch_size * t.accumulation
+    after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
+    head = model.lm_head.weight.numel()
+    body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+    return {
+        "placement": config.placement,
+        "depth_rule": config.depth_rule,
+        "seed": t.seed,
+        "learning_rate": t.learning_rate,
+        "status": "failed" if reason else "ok",
+        "reason": reason,
+        "val_loss": losses["validation"],
+        "test_loss": losses["test"],
+        "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
+        "unigram_loss": unigram,
+        "spikes": len(spiked),
+        "spike_score": len(spiked) / len(records),
+        "max_grad_norm": max(after_warmup, default=None),
+        "tokens_per_second": per_step / seconds,
+        "seconds": sum(r["seconds"] for r in records),
+        "parameters": model.num_parameters(),
+        "body_parameters": body,
+        "flops_per_token": 6 * (body + head)
+        + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * t.sequence_length,
+        "depth": config.num_hidden_layers,
+        "steps": t.steps,
+        "steps_done": len(records),
+        "tokens": per_step * len(records),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if uses_bf16(t) else "fp32",
+    }
+
+
+def _quiet() -> None:
+    """Transformers' bars and notices would tear the live table; its errors still come through."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,39 @@
+"""Training under the live table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spannorm.files import read_jsonl
+from spannorm.train.display import Board, Row
+from spannorm.train.recipe import Recipe
+from spannorm.train.recorder import RECORDS
+from spannorm.train.run import model_config, train
+
+
+def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> dict[str, Any]:
+    """`train`, watched in the terminal. Arguments, result and errors are those of `train`."""
+    row = Row.of(recipe, model_config(recipe))
+    with Board(f"{recipe.name} → {out}", [row]) as board:
+
+        def on_step(record: dict[str, Any]) -> None:
+            if row.status != "running":
+                row.add([r for r in read_jsonl(out / RECORDS) if r["step"] < record["step"]])
+                row.status = "running"
+            row.add([record])
+            board.refresh()
+
+        result = train(recipe, out, data=data, on_step=on_step)
+        row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
+    board.console.print(
+        f"validation loss {_figure(result['val_loss'])} nats per token, test {_figure(result['test_loss'])}, "
+        f"{_figure(result['bits_per_byte'])} bits per byte; {out / 'result.json'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return result
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
