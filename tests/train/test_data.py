@@ -28,8 +28,9 @@ from spannorm.errors import InputError
 from spannorm.train import corpus
 from spannorm.train import data as data_module
 from spannorm.train.corpus import documents
-from spannorm.train.data import SPLITS, TokenData, TrainingSequences, evaluation_sequences, prepare_data
+from spannorm.train.data import SPLITS, TokenData, prepare_data
 from spannorm.train.recipe import DataRecipe
+from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.tokenizer import encode_documents, load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=80)
@@ -410,7 +411,6 @@ PROCESS = """
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file size limits and SIGKILL")
 def test_in_a_second_process(small: TokenData, tmp_path: Path) -> None:
     """Same tokens under another hash seed; a write that the system refuses; a kill in the middle."""
     script = textwrap.dedent(PROCESS)

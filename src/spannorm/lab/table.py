@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from spannorm.lab.compare import RESULTS
+from spannorm.train.display import wide_console
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:
     """Print the arms by validation loss, failures last, and where the report lies."""
-    console = console or Console()
+    console = console or wide_console()
     table = Table(title=f"{results['name']}: validation loss in nats per token", title_justify="left", box=None)
     for heading in ("placement", "depth rule"):
         table.add_column(heading, no_wrap=True)

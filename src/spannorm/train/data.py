@@ -1,4 +1,4 @@
-"""Tokens on disk, and the sequences cut from them."""
+"""Tokens on disk: prepared once, whole or not at all, and opened as memory maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from glob import escape
@@ -18,8 +18,6 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spannorm.errors import InputError, unknown
@@ -298,79 +296,3 @@ def _remove_abandoned(directory: Path) -> None:
 
 def _on_disk(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
-
-
-class Windows(Dataset[dict[str, torch.Tensor]]):
-    """The sequences of a split: consecutive windows of `sequence_length` tokens, a shorter rest left out.
-
-    Documents are packed: a window may begin inside a document and hold several. Attention crosses their
-    borders, which only the end-of-document token marks.
-
-    Item: `input_ids` and `labels`, each int64 of shape (sequence_length,) and equal: the model shifts.
-    Raises `InputError` when the split is shorter than one window.
-    """
-
-    def __init__(self, data: TokenData, split: str, sequence_length: int) -> None:
-        held = data.split(split).tokens
-        if held < sequence_length:
-            fraction = "" if split == "train" else f"a larger data.{split}_fraction, "
-            raise InputError(
-                f"the {split} split holds {held} tokens, fewer than one sequence of {sequence_length}: "
-                f"use a larger corpus, {fraction}or a smaller train.sequence_length."
-            )
-        self.data, self.split, self.sequence_length = data, split, sequence_length
-        self._tokens: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return self.data.split(self.split).tokens // self.sequence_length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if self._tokens is None:
-            self._tokens = self.data.tokens(self.split)
-        start = index * self.sequence_length
-        ids = torch.from_numpy(self._tokens[start : start + self.sequence_length].astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tokens": None}  # a pickled memory map is the whole file
-
-
-class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
-    """All `count` sequences that a run sees, in order: item `i` is the same for every run of that `seed`.
-
-    The windows of the training split (see `Windows`, also for the items and for how documents are packed)
-    are visited epoch after epoch, each time in another order. The order is drawn from (`seed`, epoch) alone,
-    so a run may resume at any item at once, and it does not change with NumPy's version.
-    """
-
-    def __init__(self, data: TokenData, sequence_length: int, count: int, seed: int) -> None:
-        self.windows = Windows(data, "train", sequence_length)
-        self.count, self.seed = count, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        epoch, place = divmod(index, len(self.windows))
-        if epoch != self._epoch:
-            draw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.windows))
-            self._epoch, self._order = epoch, np.argsort(draw, kind="stable")
-        return self.windows[int(self._order[place])]
-
-
-def evaluation_sequences(
-    data: TokenData, split: str, sequence_length: int, count: int
-) -> Dataset[dict[str, torch.Tensor]]:
-    """`count` windows spread evenly over a split, or all of them if there are fewer; the same for everybody.
-
-    They do not overlap; for the items and the `InputError` see `Windows`.
-    """
-    windows = Windows(data, split, sequence_length)
-    count = min(count, len(windows))
-    chosen: Sequence[int] = [place * len(windows) // count for place in range(count)]
-    return Subset(windows, chosen)

@@ -96,7 +96,7 @@ class Board:
 
     def __init__(self, title: str, rows: Sequence[Row], console: Console | None = None) -> None:
         self.title, self.rows = title, rows
-        self.console = console or Console()
+        self.console = console or wide_console()
         self._live = Live(console=self.console, auto_refresh=False, transient=False)
         self._began = time.monotonic()
         self._told: dict[int, tuple[str, float]] = {}
@@ -154,6 +154,12 @@ class Board:
             )
         elapsed = time.monotonic() - self._began
         return Group(table, Text(f"{_clock(elapsed)} gone", style="dim"))
+
+
+def wide_console() -> Console:
+    """The terminal's console; where output goes to a file, wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

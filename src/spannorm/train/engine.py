@@ -22,18 +22,17 @@ class Engine(Trainer):
     """`Trainer`, except that the data set already is the run's order and that roles decide decay and learning rate."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer | None = self.optimizer
-        if optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             args = self.args
             groups = parameter_groups(
                 self.model if model is None else model,
                 learning_rate=args.learning_rate,
                 weight_decay=args.weight_decay,
             )
-            self.optimizer = optimizer = torch.optim.AdamW(
+            self.optimizer = torch.optim.AdamW(
                 groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
             )
-        return optimizer
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)

@@ -32,12 +32,13 @@ from spannorm.files import alone_in, make_folder, read_json, read_jsonl, write_j
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import LayerRecord, measure_layers
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
-from spannorm.train.data import TokenData, TrainingSequences, evaluation_sequences, prepare_data
+from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, uses_bf16
 from spannorm.train.environment import machine, versions
 from spannorm.train.health import failure, spike_steps
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, Recorder
+from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 
 RUN, RESULT = "run.json", "result.json"
 
