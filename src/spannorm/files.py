@@ -18,6 +18,7 @@ from spannorm.errors import InputError
 
 _TROUBLE = {
     errno.ENOSPC: "there is no space left on the disk",
+    errno.EFBIG: "a file would pass the largest size allowed",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "this user may not write there",
@@ -45,10 +46,13 @@ def writing_to(folder: Path) -> Iterator[None]:
 def _disk_trouble(error: Exception, folder: Path) -> str | None:
     if isinstance(error, OSError) and error.errno in _TROUBLE:
         return _TROUBLE[error.errno]
-    # torch.save and safetensors report a full disk without its errno
+    # torch.save and safetensors pass on the words at best, and not the errno
     if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+        for number, reason in _TROUBLE.items():
+            if os.strerror(number) in str(error):
+                return reason
         existing = next(p for p in (folder, *folder.parents) if p.exists())
-        if "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20:
+        if shutil.disk_usage(existing).free < 2**20:
             return _TROUBLE[errno.ENOSPC]
     return None
 

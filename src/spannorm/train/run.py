@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from spannorm.errors import InputError, Stopped, unknown
-from spannorm.files import alone_in, make_folder, read_json, read_jsonl, write_json, writing_to
+from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import LayerRecord, measure_layers
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
@@ -153,7 +153,7 @@ def _train(
         losses = {
             split: math.nan if recorder.diverged else engine.mean_loss(held_out[split], split) for split in held_out
         }
-        result = _result(recipe, out, model, tokens, losses)
+        result: dict[str, Any] = finite(_result(recipe, out, model, tokens, losses))
         if not recorder.diverged:
             model.save_pretrained(out / "model")
             tokens.tokenizer().save_pretrained(out / "model")
