@@ -60,23 +60,31 @@ def _disk_trouble(error: Exception, folder: Path) -> str | None:
 def make_folder(folder: Path) -> None:
     """Create a folder and make sure that files can be written in it, before any time is spent."""
     with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise InputError(f"cannot make the folder {folder} ({error.strerror}): choose another --out.") from None
         trial = folder / f".writable-{os.getpid()}"
         trial.write_bytes(b"x")
         trial.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file's content in one step: readers see the old or the new, never a part."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(new, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for text, as UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

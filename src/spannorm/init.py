@@ -103,7 +103,7 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
     for name, parameter in model.named_parameters():
         if name in plan:
             draw = plan[name]
-            value = torch.full(parameter.shape, draw.mean)
+            value = torch.full(parameter.shape, draw.mean, dtype=torch.float32, device="cpu")
             if draw.std:
                 value += draw.std * standard_normal(parameter.shape, seed, name.removeprefix(prefix))
             parameter.copy_(value)
@@ -112,8 +112,8 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
 def standard_normal(shape: torch.Size, seed: int, name: str) -> Tensor:
     """N(0, 1) of a shape, fp32 on CPU, fixed by (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ class Placement(nn.Module, ABC):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers)
         if not 0 <= layer_idx < num_layers:
             raise InputError(f"layer_idx must lie in 0 … {num_layers - 1} for {num_layers} blocks; got {layer_idx}.")
         self.hidden_size, self.layer_idx, self.num_layers = hidden_size, layer_idx, num_layers
         self.norm_name, self.eps = norm, eps
-        self.rule = work_out(depth_rule or self.default_depth_rule, num_layers)
         self.attn_scale: Scale = self._scale(self.rule.attn_forward)
         self.ffn_scale: Scale = self._scale(self.rule.ffn_forward)
         self.attn_norm, self.ffn_norm = self.new_norm(), self.new_norm()

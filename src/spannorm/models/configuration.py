@@ -11,6 +11,8 @@ from spannorm.errors import InputError, unknown
 from spannorm.norms import NORMS
 from spannorm.placements import PLACEMENTS, Placement, build_placement
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 @strict
 class SpanNormConfig(LlamaConfig):
@@ -46,23 +48,7 @@ class SpanNormConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
-            if not getattr(self, name) >= 1:
-                raise InputError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        self._check_divides("hidden_size", "num_attention_heads", by_default=self.head_dim is None)
-        self._check_divides("num_attention_heads", "num_key_value_heads")
-        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if head_dim % 2:
-            raise InputError(
-                f"the head size ({head_dim} = `hidden_size` {self.hidden_size} / `num_attention_heads` "
-                f"{self.num_attention_heads}) must be even for RoPE: change one of the two."
-            )
+        self._check_sizes()
         if self.placement not in PLACEMENTS:
             raise unknown("placement", self.placement, PLACEMENTS)
         if self.norm not in NORMS:
@@ -75,12 +61,30 @@ class SpanNormConfig(LlamaConfig):
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
         super().__post_init__(**kwargs)
 
-    def _check_divides(self, whole: str, part: str, by_default: bool = True) -> None:
-        a, b = getattr(self, whole), getattr(self, part)
-        if b is not None and by_default and (b < 1 or a % b):
-            nearest = max(b, round(a / b) * b) if b >= 1 else None
-            fix = f"; try {nearest}" if nearest else ""
-            raise InputError(f"`{whole}` ({a}) must be divisible by `{part}` ({b}){fix}.")
+    def _check_sizes(self) -> None:
+        for name in (*_SIZES, "num_key_value_heads", "head_dim"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise InputError(f"`{name}` must be at least 1; got {size}.")
+        width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if width % heads:
+            # an even number of channels a head, which RoPE turns in pairs
+            near = max(1, round(width / (2 * heads))) * 2 * heads
+            raise InputError(
+                f"`hidden_size` ({width}) must be divisible by `num_attention_heads` ({heads}); try {near}."
+            )
+        if kv_heads is not None and heads % kv_heads:
+            near = max(n for n in range(1, min(kv_heads, heads) + 1) if heads % n == 0)
+            raise InputError(
+                f"`num_attention_heads` ({heads}) must be divisible by `num_key_value_heads` ({kv_heads}); try {near}."
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise InputError(f"`head_dim` ({self.head_dim}) must be even for RoPE; try {self.head_dim + 1}.")
+        if self.head_dim is None and width // heads % 2:
+            raise InputError(
+                f"the head size ({width // heads} = `hidden_size` {width} / `num_attention_heads` {heads}) must be even "
+                f"for RoPE: change one of the two."
+            )
 
     def build_placement(self, layer_idx: int) -> Placement:
         """The placement of one block, as this configuration has it."""

@@ -107,9 +107,8 @@ class Board:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.console.is_terminal:
-            self.refresh()
-            self._live.stop()
+        self.refresh()
+        self._live.stop()
 
     def refresh(self) -> None:
         if self.console.is_terminal:

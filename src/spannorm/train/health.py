@@ -24,7 +24,7 @@ MARGIN_AFTER_SPIKE = 0.1
 """Nats per token that the loss may stay above where it was."""
 
 CRITERIA = {
-    "non-finite": "the loss became infinite or not a number",
+    "non-finite": "the loss became non-finite",
     "unigram": f"the final validation loss is not at least {MARGIN_BELOW_UNIGRAM} nats per token below a unigram model "
     "of the training tokens",
     "spike": f"after the last spike, the mean of the last {TAIL} losses stays more than {MARGIN_AFTER_SPIKE} above the "

@@ -1,0 +1,222 @@
+"""A comparison's files as arms: what each was, how its runs went, and how it looks in every figure and table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_hex, to_rgb
+from numpy.typing import NDArray
+
+from spannorm.errors import InputError
+
+Array = NDArray[np.float64]
+Job = dict[str, Any]
+
+# Okabe and Ito's vermilion, blue and green for the three that every comparison is about; the rest keep apart
+# in lightness as well as in hue, and never fall below 3:1 on white.
+_PROTAGONISTS = {"span": "#d55e00", "pre": "#0072b2", "post": "#009e73"}
+_HUES = (
+    *("#b3478c", "#b07a00", "#4b3b9b", "#3a93c4", "#7a1f2b", "#6f6f6f"),
+    *("#5e7d1e", "#e0608a", "#14505c", "#8b5a2b", "#8f7ad1", "#222222"),
+)
+_DASHES: tuple[tuple[float, ...], ...] = ((), (4.5, 1.6), (1.2, 1.3), (6, 1.4, 1.2, 1.4), (9, 2.2))
+_SHADES = (0.0, -0.32, 0.27)  # with five dashes: fifteen depth rules before one repeats
+
+LARGEST = 1e38  # float32 ends here: what is larger was never measured
+_ARM_KEYS = ("model.placement", "model.depth_rule", "train.seed", "train.learning_rate")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn, everywhere."""
+
+    color: str
+    dash: tuple[float, ...]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.color, "linestyle": (0, self.dash) if self.dash else "-"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Finite values by optimizer step."""
+
+    steps: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job of an arm, with its records read."""
+
+    seed: int | None
+    status: str
+    reason: str | None
+    val_loss: float | None
+    loss: Series
+    grad_norm: Series
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    """The first and the last probe (one, if there is only one)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An arm at one learning rate: the validation losses of the seeds that held, and the reasons of the rest."""
+
+    learning_rate: float | None
+    losses: list[float]
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A placement with its depth rule (and what else it overrides), as the figures draw it."""
+
+    placement: str
+    variant: str
+    look: Look
+    rates: list[Rate]
+    learning_rate: float | None
+    """The one drawn."""
+    runs: list[Run]
+    """The seeds at that learning rate."""
+
+    @property
+    def label(self) -> str:
+        return self.placement if self.variant == self.placement else f"{self.placement} {self.variant}"
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.runs) and all(run.status == "failed" for run in self.runs)
+
+    @property
+    def shown(self) -> list[Run]:
+        """The seeds that make the mean line: those that held, or all if none did."""
+        return self.runs if self.failed else [run for run in self.runs if run.status != "failed"]
+
+
+def looks(arms: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Look]:
+    """A look for every (placement, variant): hue by placement, dash and shade by variant."""
+    pairs = list(arms)
+    others = sorted({placement for placement, _ in pairs} - _PROTAGONISTS.keys())
+    hues = _PROTAGONISTS | {name: _HUES[i % len(_HUES)] for i, name in enumerate(others)}
+    variants = sorted({variant for _, variant in pairs}, key=lambda name: (name != "none", name))
+    return {
+        (placement, variant): Look(
+            _shade(hues[placement], _SHADES[variants.index(variant) % len(_SHADES)]),
+            _DASHES[variants.index(variant) % len(_DASHES)],
+        )
+        for placement, variant in pairs
+    }
+
+
+def _shade(color: str, amount: float) -> str:
+    """Towards white above zero, towards black below."""
+    goal = 1.0 if amount > 0 else 0.0
+    return str(to_hex([part + (goal - part) * abs(amount) for part in to_rgb(color)]))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    redo = "give the folder that `spannorm compare RECIPE --out DIR` wrote"
+    if not path.is_file():
+        raise InputError(f"a report is drawn from results.json; there is none at {path}: {redo}.")
+    try:
+        # NaN and Infinity are not JSON, though Python writes them: here they are unknown, like null.
+        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} must be JSON; reading it failed ({error}): {redo}.") from None
+    arms = results.get("arms") if isinstance(results, dict) else None
+    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
+        raise InputError(f"{path} must hold an object with a non-empty list `arms` of objects: {redo}.")
+    for number, arm in enumerate(arms):
+        for key in ("job", "placement", "depth_rule", "status"):
+            if not isinstance(arm.get(key), str):
+                given = f"{arm[key]!r}" if key in arm else "missing"
+                raise InputError(f"{path}: `arms[{number}].{key}` must be text and is {given}: {redo}.")
+        if Path(arm["job"]).name != arm["job"]:
+            raise InputError(f"{path}: `arms[{number}].job` must be a folder's name and is {arm['job']!r}: {redo}.")
+        for key in ("reason", "seed", "learning_rate"):
+            arm.setdefault(key, None)
+        arm["overrides"] = arm.get("overrides") or {}
+    sections = ("recipe", "versions", "machine", "data")
+    return {"name": str(results.get("name", path.parent.name)), "arms": arms} | {
+        key: results[key] if isinstance(results.get(key), dict) else {} for key in sections
+    }
+
+
+def _read_lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
+    """The lines by step. A line cut short by a crash is left out and counted; a step done again counts last."""
+    if not path.is_file():
+        return []
+    lines, bad = {}, 0
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)
+            lines[float(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            bad += 1
+    bad -= bool(bad and not text.endswith("\n"))  # the last line may still be being written
+    if bad:
+        unread.append(f"{path.parent.name}/{path.name}: {bad}")
+    return [lines[step] for step in sorted(lines)]
+
+
+def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
+    folder = directory / "jobs" / job["job"]
+    records = _read_lines(folder / "records.jsonl", unread)
+    probes = _read_lines(folder / "probes.jsonl", unread)
+
+    def series(key: str) -> Series:
+        pairs = np.array([(r["step"], r[key]) for r in records if r.get(key) is not None], dtype=np.float64)
+        pairs = pairs.reshape(-1, 2)
+        pairs = pairs[(np.abs(pairs) < LARGEST).all(axis=1)]
+        return Series(pairs[:, 0], pairs[:, 1])
+
+    ends = probes if len(probes) < 2 else [probes[0], probes[-1]]
+    val_loss = next(iter(values_of([job], "val_loss")), None)
+    return Run(job["seed"], job["status"], job["reason"], val_loss, series("loss"), series("grad_norm"), ends)
+
+
+def group_jobs(jobs: Sequence[Job]) -> dict[tuple[str, str], dict[float | None, list[Job]]]:
+    """Jobs by arm, then by learning rate. What else differs between arms joins the depth rule in the name."""
+    extras = {key for job in jobs for key in job["overrides"]} - set(_ARM_KEYS)
+    varied = [k for k in sorted(extras) if len({json.dumps(job["overrides"].get(k)) for job in jobs}) > 1]
+    groups: dict[tuple[str, str], dict[float | None, list[Job]]] = {}
+    for job in sorted(jobs, key=lambda job: (job["learning_rate"] or 0, job["seed"] or 0)):
+        parts = [f"{k.rpartition('.')[2]}={job['overrides'][k]}" for k in varied if k in job["overrides"]]
+        key = (job["placement"], " ".join([job["depth_rule"], *parts]))
+        groups.setdefault(key, {}).setdefault(job["learning_rate"], []).append(job)
+    return groups
+
+
+def rank(group: Sequence[Job]) -> tuple[float, ...]:
+    """Sorts arms and chooses learning rates: those that held by validation loss, unfinished ones, failures."""
+    failed, losses = len(failed_jobs(group)), values_of(held_jobs(group), "val_loss")
+    waiting = all(job["status"] == "waiting" for job in group)
+    steps = sum(values_of(group, "steps_done"))
+    if failed:
+        own = losses or values_of(group, "val_loss")
+        return (3, failed / len(group), float(np.mean(own)) if own else float("inf"), -steps)
+    if losses:
+        return (0, float(np.mean(losses)))
+    return (2 if waiting else 1, -steps)
+
+
+def held_jobs(group: Iterable[Job]) -> list[Job]:
+    return [job for job in group if job["status"] != "failed"]
+
+
+def failed_jobs(group: Iterable[Job]) -> list[Job]:
+    return [job for job in group if job["status"] == "failed"]
+
+
+def values_of(group: Iterable[Job], key: str) -> list[float]:
+    values = [job.get(key) for job in group]
+    return [float(v) for v in values if isinstance(v, int | float) and abs(v) < LARGEST]

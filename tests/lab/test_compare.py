@@ -1,0 +1,163 @@
+"""A comparison, really run in worker processes: its file, its resumption, and what it refuses."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spannorm.errors import InputError
+from spannorm.lab.compare import compare, jobs_of
+from spannorm.lab.report import draw_report
+from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
+
+ARMS = ({"model.placement": "pre"}, {"model.placement": "post"}, {"model.placement": "span"})
+PROMISED = {"placement", "depth_rule", "seed", "learning_rate", "status", "reason", "val_loss", "bits_per_byte"}
+PROMISED |= {"unigram_loss", "spike_score", "max_grad_norm", "tokens_per_second", "parameters"}
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe: Recipe) -> Recipe:
+    t = replace(recipe.train, steps=30, checkpoint_every=10, probe_every=15)
+    return replace(recipe, train=t, compare=CompareRecipe(arms=ARMS, grid={"train.seed": (0, 1)}))
+
+
+@pytest.fixture(scope="module")
+def finished(comparison: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    compare(comparison, out)
+    return out
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    """Every job's training losses, by its folder's name."""
+    return {
+        path.parent.name: [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+        for path in sorted(out.glob("jobs/*/records.jsonl"))
+    }
+
+
+def test_results_hold_every_arm_and_all_that_is_needed_to_repeat_them(finished: Path, comparison: Recipe) -> None:
+    text = (finished / "results.json").read_text()
+    results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
+    assert [(a["placement"], a["depth_rule"], a["seed"]) for a in results["arms"]] == [
+        (p, r, s) for p, r in [("pre", "1/sqrt(2L)"), ("post", "none"), ("span", "1/sqrt(L)")] for s in (0, 1)
+    ], "resolved names, in the order of the recipe"
+    for arm in results["arms"]:
+        assert arm.keys() >= PROMISED
+        assert (finished / "jobs" / arm["job"] / "result.json").is_file()
+    assert recipe_from_dict(results["recipe"]) == comparison
+    assert {"python", "torch", "transformers", "spannorm"} <= results["versions"].keys()
+    assert len(results["data"]["sha256"]) == 64 and results["machine"]["cores"] >= 1
+
+
+def test_arms_of_one_seed_see_the_same_tokens_from_bodies_of_the_same_draw(finished: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in finished.glob("jobs/*/run.json")]
+    assert len({run["data"]["sha256"] for run in runs}) == 1
+    seeds = {run["recipe"]["train"]["seed"]: run["model_config"]["init_seed"] for run in runs}
+    assert seeds == {0: 0, 1: 1}
+
+
+def test_the_report_stands_and_redraws_from_the_files_alone(finished: Path) -> None:
+    assert (finished / "report.html").stat().st_size > 10_000
+    (finished / "report.html").unlink()
+    assert draw_report(finished) == finished / "report.html"
+    assert "1/sqrt(2L)" in (finished / "report.html").read_text()
+
+
+def test_a_finished_comparison_is_not_run_again(finished: Path, comparison: Recipe) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("jobs/*/records.jsonl")}
+    results = compare(comparison, finished)
+    assert all(arm["val_loss"] is not None for arm in results["arms"])
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("jobs/*/records.jsonl")}
+
+
+def start(comparison: Recipe, out: Path) -> subprocess.Popen:
+    path = out.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(comparison.to_dict()))))
+    command = [sys.executable, "-m", "spannorm", "compare", str(path), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_a_checkpoint(out: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not list(out.glob("jobs/*/checkpoint-*/complete.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "no job got going"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_a_stopped_comparison_goes_on_to_the_same_losses(
+    comparison: Recipe, finished: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    longer = replace(comparison, compare=replace(comparison.compare, grid={}))
+    process = start(longer, tmp_path / "out")
+    wait_for_a_checkpoint(tmp_path / "out", process)
+    process.send_signal(how)
+    output = process.communicate(timeout=60)[0]
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Go on with: spannorm compare" in output and "Traceback" not in output
+        statuses = {arm["status"] for arm in json.loads((tmp_path / "out" / "results.json").read_text())["arms"]}
+        assert statuses & {"stopped", "waiting"}
+    results = compare(longer, tmp_path / "out")
+    assert {arm["status"] for arm in results["arms"]} <= {"ok", "failed"}
+    assert all(arm["val_loss"] for arm in results["arms"])
+    assert losses(tmp_path / "out") == {k: v for k, v in losses(finished).items() if "seed0" in k}
+
+
+def test_a_folder_with_another_comparison_or_a_run_is_refused(finished: Path, comparison: Recipe) -> None:
+    other = replace(comparison, train=replace(comparison.train, learning_rate=0.5))
+    with pytest.raises(InputError, match=r"train.learning_rate is 0.01 there and 0.5 here"):
+        compare(other, finished)
+    with pytest.raises(InputError, match="already holds a single run"):
+        compare(comparison, next(finished.glob("jobs/*")))
+
+
+def test_a_crashed_job_is_named_with_its_log_and_tried_again(
+    comparison: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replace(comparison, compare=CompareRecipe(arms=ARMS[:1]))
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho boom >&2\nexit 3\n")
+    fake.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(fake))
+        arm = compare(one, tmp_path / "out")["arms"][0]
+    assert arm["status"] == "failed" and "crashed (exit code 3)" in arm["reason"]
+    assert "boom" in (tmp_path / "out" / "jobs" / arm["job"] / "log.txt").read_text()
+    assert compare(one, tmp_path / "out")["arms"][0]["val_loss"] is not None
+
+
+def test_jobs_are_arms_times_grid(recipe: Recipe) -> None:
+    grid = {"train.learning_rate": (1e-3, 3e-3), "train.seed": (0, 1, 2)}
+    jobs = jobs_of(replace(recipe, compare=CompareRecipe(arms=ARMS, grid=grid)))
+    seen = [(j.recipe.model["placement"], j.recipe.train.learning_rate, j.recipe.train.seed) for j in jobs]
+    assert seen == list(itertools.product(["pre", "post", "span"], [1e-3, 3e-3], [0, 1, 2]))
+    assert len({job.name for job in jobs}) == 18 and not any(os.sep in job.name for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ((), ["lists no arm"]),
+        (({"model.placement": "span"}, {"model.placement": "span"}), ["same run twice"]),
+        (({"model.placement": "spam"},), ["spam", "'span'"]),
+        (({"train.stepps": 3},), ["stepps", "'steps'"]),
+        (({"model.hidden_size": 33},), ["33", "try"]),
+    ],
+)
+def test_a_bad_comparison_is_refused_before_anything_is_written(
+    recipe: Recipe, tmp_path: Path, arms: tuple, words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        compare(replace(recipe, compare=CompareRecipe(arms=arms)), tmp_path / "out")
+    assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "out").exists()

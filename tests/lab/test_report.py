@@ -1,0 +1,320 @@
+"""The report is drawn from a comparison's files alone, whatever state they are in."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spannorm.errors import InputError
+from spannorm.lab.report import draw_report
+
+STEPS, LAYERS = 60, 4
+FIGURES = {"loss", "gradient_norm", "gradient_by_layer", "signal_by_layer", "similarity"}
+
+
+def arm(placement: str, rule: str = "none", **given: Any) -> dict[str, Any]:
+    """A row of results.json; the keywords say how it differs from a run that went well."""
+    rate, seed = given.get("learning_rate", 6e-3), given.get("seed", 0)
+    row = {
+        "job": f"{placement}-{rule.replace('/', '-')}-lr{rate}-seed{seed}",
+        "placement": placement,
+        "depth_rule": rule,
+        "seed": seed,
+        "learning_rate": rate,
+        "overrides": {"model.placement": placement, "model.depth_rule": rule},
+        "status": "ok",
+        "reason": None,
+        "val_loss": 1.9,
+        "test_loss": 1.95,
+        "bits_per_byte": 2.7,
+        "unigram_loss": 3.1,
+        "spike_score": 0.01,
+        "max_grad_norm": 4.2,
+        "tokens_per_second": 6100.0,
+        "parameters": 1_612_345,
+        "body_parameters": 1_579_577,
+        "depth": LAYERS,
+        "steps": STEPS,
+        "steps_done": STEPS,
+        "tokens": STEPS * 512,
+    }
+    return row | given
+
+
+def failed(placement: str, rule: str, reason: str, **given: Any) -> dict[str, Any]:
+    done = 30 if reason == "non-finite" else STEPS
+    loss = None if reason == "non-finite" else 3.09
+    return arm(placement, rule, status="failed", reason=reason, val_loss=loss, test_loss=loss, steps_done=done, **given)
+
+
+def comparison(folder: Path, arms: list[dict[str, Any]], name: str = "demo") -> Path:
+    """Write the files of a comparison."""
+    for row in arms:
+        job = folder / "jobs" / row["job"]
+        job.mkdir(parents=True)
+        done = row["steps_done"]
+        records, probes = [], []
+        for step in range(1, done + 1):
+            loss: float | None = 1.9 + 3.6 * math.exp(-step / 12) + 0.02 * math.sin(step)
+            if row["reason"] == "non-finite" and step == done:
+                loss = None
+            records.append({"step": step, "loss": loss, "grad_norm": loss and loss / 2, "learning_rate": 1e-3})
+        for step in (0, done) if done else ():
+            end = [None] * (LAYERS + 1) if row["reason"] == "non-finite" and step else None
+            cosines = [[math.exp(-abs(i - j) / 3) for i in range(LAYERS + 1)] for j in range(LAYERS + 1)]
+            gradient, signal = [0.5**i for i in range(LAYERS + 1)], [1.0 + i for i in range(LAYERS + 1)]
+            probes.append({"step": step, "signal_rms": end or signal, "gradient_rms": end or gradient})
+            probes[-1]["similarity"] = [end] * (LAYERS + 1) if end else cosines
+        (job / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (job / "probes.jsonl").write_text("".join(json.dumps(p) + "\n" for p in probes))
+    results = {
+        "name": name,
+        "recipe": {"name": name, "model": {"hidden_size": 64}, "train": {"steps": STEPS}},
+        "versions": {"torch": "2.11.0", "spannorm": "0.1.0"},
+        "machine": {"platform": "Linux", "cores": 8, "device": None},
+        "data": {"corpus": "stdlib", "sha256": "0badcafe" * 8},
+        "arms": arms,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+THREE = [arm("pre", "1/sqrt(2L)"), arm("span", "1/sqrt(L):forward", val_loss=1.8), failed("post", "none", "non-finite")]
+
+
+class Page(HTMLParser):
+    """The parts of a page that a test asks for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.words = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def draw(folder: Path, arms: list[dict[str, Any]], **given: Any) -> Page:
+    return Page(draw_report(comparison(folder, arms, **given)))
+
+
+def rows(page: Page) -> list[str]:
+    """The rows of the first table, as text."""
+    table = page.source[page.source.index("<tbody>") : page.source.index("</tbody>")]
+    plain = re.sub(r"<[^>]*>", " ", table.replace("</tr>", "\n---\n"))
+    return [" ".join(unescape(row).split()) for row in plain.split("---") if row.strip()]
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path):
+    page = draw(tmp_path, THREE)
+    assert page.links and all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert "http" not in page.source
+    assert "url(" not in re.sub(r"url\(#", "", page.source) and "@import" not in page.source
+    assert not {"script", "link", "iframe", "img"} & set(page.tags)
+
+
+def test_every_reference_in_the_page_meets_one_target(tmp_path):
+    page = draw(tmp_path, THREE)
+    assert len(page.ids) == len(set(page.ids))
+    used = {link[1:] for link in page.links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", page.source))
+    assert used <= set(page.ids)
+
+
+def test_figures_lie_beside_the_page_and_nothing_half_written_stays(tmp_path):
+    draw(tmp_path, THREE)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{n}.{k}" for n in FIGURES for k in ("png", "svg")}
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "jobs", "report.html", "figures"}
+
+
+def test_arms_stand_by_loss_and_failures_last_with_their_reasons_spelled_out(tmp_path):
+    page = draw(tmp_path, [failed("post", "1/sqrt(L)", "unigram"), failed("keel", "none", "spike"), *THREE])
+    lines = rows(page)
+    assert [line.split()[0] for line in lines[:2]] == ["span", "pre"]
+    assert all(line.startswith(("post", "keel", "failed")) for line in lines[2:])
+    for reason in (
+        "the loss became non-finite, at step 30",
+        "0.2 nats per token below a unigram model",
+        "after the last spike, the mean",
+    ):
+        assert sum(reason in line for line in lines) == 1
+    for label in ("post none ✕ non-finite", "post 1/sqrt(L) ✕ unigram", "keel none ✕ spike"):
+        assert label in page.words  # beside the lines, too
+    for criterion in ("0.2 nats per token below", "mean of the last 32 losses", "became non-finite"):
+        assert criterion in page.words
+
+
+def test_nothing_unknown_is_shown_as_a_number(tmp_path):
+    waiting = arm("peri", status="waiting", steps_done=0, **dict.fromkeys(("val_loss", "max_grad_norm", "seed")))
+    page = draw(tmp_path, [*THREE, waiting])
+    assert not re.search(r"\b(nan|inf|none%|undefined)\b", page.source, re.IGNORECASE)
+    assert "None" not in page.words
+
+
+def test_it_says_how_little_stands_behind_it(tmp_path):
+    page = draw(tmp_path / "one", THREE)
+    assert "Each arm has 1 seed and 1 learning rate: a look, not a claim" in page.words
+    assert "Of 3 jobs, 2 finished, 1 failed." in page.words
+    five = [arm(p, seed=seed) for p in ("pre", "span") for seed in range(5)]
+    assert "5 seeds and 1 learning rate: as many seeds as a claim takes." in draw(tmp_path / "five", five).words
+    uneven = draw(tmp_path / "uneven", five[:8]).words
+    assert "3 to 5 seeds" in uneven and "not a matched comparison" in uneven
+
+
+def test_seeds_join_in_one_row_at_the_best_rate_at_which_none_failed(tmp_path):
+    arms = [arm("span", seed=s, learning_rate=3e-3, val_loss=1.80 + 0.03 * s) for s in range(3)]
+    arms += [arm("span", seed=s, learning_rate=6e-3, val_loss=1.70) for s in range(2)]
+    arms += [failed("span", "none", "spike", seed=2, learning_rate=6e-3)]
+    arms += [arm("span", seed=s, learning_rate=1e-3, val_loss=2.0) for s in range(3)]
+    page = draw(tmp_path, arms)
+    first, note = rows(page)
+    assert "1.8300 1.8000–1.8600" in first and "0.003 0, 1, 2" in first
+    assert note == "also failed at learning rate 0.006"
+    assert (tmp_path / "figures" / "learning_rate.svg").is_file()
+    assert "Every learning rate (3 rows)" in page.words
+    assert "failed (seed 2): after the last spike" in page.words
+    assert "edge of the grid" not in page.words  # the failure at 6e-3 brackets it
+
+
+def test_a_best_rate_on_the_edge_of_the_grid_is_named(tmp_path):
+    arms = [arm("span", learning_rate=rate, val_loss=1.9 - 10 * rate) for rate in (1e-3, 3e-3, 6e-3)]
+    assert "edge of the grid, which should be extended, for span none" in draw(tmp_path, arms).words
+
+
+def test_what_else_an_arm_overrides_keeps_it_apart(tmp_path):
+    deep = arm("span", job="deep", overrides={"model.num_hidden_layers": 96, "train.steps": 60}, depth=96)
+    flat = arm("span", job="flat", overrides={"model.num_hidden_layers": 32, "train.steps": 60}, depth=32)
+    page = draw(tmp_path, [deep, flat])
+    assert "none num_hidden_layers=96" in page.words and "none num_hidden_layers=32" in page.words
+    assert "steps=60" not in page.words  # alike in both
+    assert "32 and 96 blocks" in page.words
+
+
+def test_running_jobs_are_drawn_as_far_as_they_are(tmp_path):
+    running = arm("span", status="running", steps_done=20, val_loss=None)
+    waiting = arm("peri", status="waiting", steps_done=0, val_loss=None)
+    comparison(tmp_path, [*THREE, running, waiting])
+    shutil.rmtree(tmp_path / "jobs" / waiting["job"])
+    records = tmp_path / "jobs" / running["job"] / "records.jsonl"
+    with open(records, "a") as file:
+        file.write('{"step": 21, "lo')  # caught in the middle of writing
+    page = Page(draw_report(tmp_path))
+    assert "running, 33% done" in page.words and "span none (running)" in page.words
+    assert "could not be read" not in page.words
+    with open(records, "a") as file:
+        file.write('\n{"step": 21, "loss": 2.0, "grad_norm": 1.0}\n')  # a crash left half a line behind
+    assert "records.jsonl: 1" in Page(draw_report(tmp_path)).words
+
+
+def test_without_probes_the_other_figures_stand(tmp_path):
+    comparison(tmp_path, THREE)
+    for path in tmp_path.glob("jobs/*/probes.jsonl"):
+        path.unlink()
+    page = Page(draw_report(tmp_path))
+    assert "no probes yet" in page.words
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"loss", "gradient_norm"}
+
+
+def test_before_the_first_step_there_is_a_table_only(tmp_path):
+    waiting = arm("span", status="waiting", steps_done=0, val_loss=None)
+    page = draw(tmp_path, [waiting])
+    assert len(rows(page)) == 2 and "figcaption" not in page.tags
+
+
+def test_a_comparison_in_which_everything_failed_is_drawn(tmp_path):
+    page = draw(tmp_path, [failed("post", "none", "non-finite"), failed("span", "none", "unigram")])
+    assert page.tags.count("figure") == len(FIGURES)
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e999", "1e300"])
+def test_numbers_that_are_none_leave_the_rest_alone(tmp_path, written):
+    comparison(tmp_path, THREE)
+    for name in ("results.json", *(p.relative_to(tmp_path) for p in tmp_path.glob("jobs/post*/*.jsonl"))):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace("null", written))
+    page = Page(draw_report(tmp_path))
+    assert "post none ✕ non-finite" in page.words and "nan" not in page.words.lower().split()
+
+
+def test_moved_files_give_the_same_page(tmp_path):
+    before = draw(tmp_path / "here", THREE).source
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    (tmp_path / "there" / "report.html").unlink()
+    shutil.rmtree(tmp_path / "there" / "figures")
+    assert draw_report(tmp_path / "there").read_text() == before
+
+
+def test_hostile_words_stay_words(tmp_path):
+    evil = '<script>alert(1)</script>"><img src=x onerror=y> $\\frac{ {{ 7*7 }} 漢'
+    row = arm("pre", job="x", status="failed", reason=evil, overrides={"model.note": evil, "train.steps": 1})
+    page = draw(tmp_path, [row, arm("span", evil, job="y"), arm(evil, job="z")], name=evil)
+    assert not {"script", "img"} & set(page.tags)
+    assert evil in page.text and "49" not in page.words.split()
+
+
+def test_drawing_needs_neither_transformers_nor_a_display(tmp_path):
+    comparison(tmp_path, THREE)
+    code = (
+        "import sys; from pathlib import Path; from spannorm.lab.report import draw_report; "
+        f"draw_report(Path({str(tmp_path)!r})); "
+        "assert not {'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is none at"),
+        ("{", "must be JSON"),
+        ("[]", "non-empty list `arms`"),
+        ('{"arms": []}', "non-empty list `arms`"),
+        ('{"arms": [3]}', "non-empty list `arms`"),
+        ('{"arms": [{"job": "a", "placement": "pre", "depth_rule": null}]}', "`arms[0].depth_rule`"),
+        ('{"arms": [{"job": "../x", "placement": "a", "depth_rule": "b", "status": "ok"}]}', "a folder's name"),
+    ],
+)
+def test_a_bad_results_file_is_named_with_what_to_do(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match=r"results\.json") as caught:
+        draw_report(tmp_path)
+    assert says in str(caught.value) and "spannorm compare" in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_five_hundred_jobs(tmp_path):
+    rates = [1e-3 * 2**i for i in range(5)]
+    arms = [
+        arm(f"p{i % 10}", f"rule{i // 10}", seed=seed, learning_rate=rate, val_loss=1.8 + i / 100 + rate)
+        for i in range(20)
+        for rate in rates
+        for seed in range(5)
+    ]
+    page = draw(tmp_path, arms)
+    assert "Of 500 jobs, 500 finished." in page.words and len(rows(page)) == 20
+    assert "Every learning rate (100 rows)" in page.words
+
+
+def test_more_arms_than_can_be_told_apart_stay_in_the_table(tmp_path):
+    page = draw(tmp_path, [arm("span", f"rule{i:02d}", val_loss=1.8 + i / 100) for i in range(50)])
+    assert len(rows(page)) == 50 and "2 more are in the table only" in page.words

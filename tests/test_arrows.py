@@ -1,0 +1,111 @@
+"""Imports point one way, and the core needs PyTorch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spannorm
+
+ROOT = Path(spannorm.__file__).parent
+CORE = ("errors", "scaling", "shapes", "norms", "placements", "init")
+
+# What each file of the core may import, from the package and from outside (the standard library is free to all).
+MAY_IMPORT = {
+    "errors": ((), ()),
+    "scaling": (("errors",), ()),
+    "shapes": ((), ("torch", "jaxtyping")),
+    "norms": (("errors", "shapes"), ("torch",)),
+    "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
+    "init": (("errors", "scaling", "placements"), ("torch",)),
+}
+
+# Rooms, and the rooms they must not look into: those that stand on them.
+MUST_NOT_IMPORT = {
+    "models": ("train", "lab", "cli"),
+    "train": ("lab", "cli"),
+    "lab": ("cli",),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file names in an import, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively; this test reads absolute names"
+            # `from spannorm import train` names a module too
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("spannorm.")}
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_what_the_picture_shows_and_no_more(module):
+    inside, outside = MAY_IMPORT[module]
+    path = ROOT / f"{module}.py"
+    assert rooms(path) <= set(inside)
+    foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"spannorm"}
+    assert foreign <= set(outside)
+
+
+@pytest.mark.parametrize("room", MUST_NOT_IMPORT)
+def test_no_room_looks_into_one_that_stands_on_it(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not rooms(path) & set(MUST_NOT_IMPORT[room]), path.relative_to(ROOT)
+
+
+def test_nothing_imports_the_command_line():
+    for path in ROOT.rglob("*.py"):
+        if path.name not in ("cli.py", "__main__.py"):
+            assert "cli" not in rooms(path), path.relative_to(ROOT)
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_neither_transformers_nor_jaxtyping_checks():
+    loaded = in_a_fresh_interpreter(
+        "import sys, spannorm; print([m for m in ('transformers', 'accelerate', 'beartype') if m in sys.modules])"
+    )
+    assert loaded == "[]"
+
+
+def test_the_core_runs_without_jaxtyping():
+    # jaxtyping is a dependency of the tests, not of the package
+    code = (
+        "import sys; sys.modules['jaxtyping'] = None\n"
+        "import torch, spannorm\n"
+        "p = spannorm.build_placement('span', hidden_size=8, layer_idx=0, num_layers=2)\n"
+        "print(tuple(p(torch.ones(1, 2, 8), torch.tanh, torch.tanh).shape))"
+    )
+    assert in_a_fresh_interpreter(code) == "(1, 2, 8)"
+
+
+def test_every_public_name_is_there_and_the_hugging_face_side_loads_on_first_use():
+    code = (
+        "import sys, spannorm\n"
+        "before = 'transformers' in sys.modules\n"
+        "missing = [n for n in spannorm.__all__ if not hasattr(spannorm, n)]\n"
+        "print(before, missing, 'transformers' in sys.modules)"
+    )
+    assert in_a_fresh_interpreter(code) == "False [] True"
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"spannorm.*SpamNorm"):
+        _ = spannorm.SpamNorm

@@ -1,0 +1,121 @@
+"""The command line as a user meets it: exit codes, one clear message, nothing half-written."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spannorm.errors import InputError
+from spannorm.train.data import TokenData
+from spannorm.train.recipe import Recipe
+from spannorm.train.run import train
+
+
+def spannorm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "spannorm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+@pytest.fixture
+def path(recipe: Recipe, tmp_path: Path) -> Path:
+    raw = recipe.to_dict()
+    del raw["compare"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    return tmp_path / "tiny.yaml"
+
+
+def assert_refused(ran: subprocess.CompletedProcess, *words: str) -> None:
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+    assert "Traceback" not in ran.stderr + ran.stdout
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_the_verbs_are_listed() -> None:
+    ran = spannorm("--help")
+    assert ran.returncode == 0 and all(verb in ran.stdout for verb in ("train", "compare", "report", "data"))
+
+
+def test_train_ends_in_its_loss_and_exit_code(path: Path, tokens: TokenData, tmp_path: Path) -> None:
+    ran = spannorm("train", path, "--out", tmp_path / "run", "--data", tokens.directory)
+    assert ran.returncode == 0, ran.stderr
+    loss = json.loads((tmp_path / "run" / "result.json").read_text())["val_loss"]
+    assert f"validation loss {loss:.4f}" in ran.stdout and ran.stderr == ""
+
+
+def test_a_failed_training_exits_with_1(path: Path, tokens: TokenData, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ran = spannorm("train", path, "--out", out, "--data", tokens.directory, "--set", "train.learning_rate=1e-12")
+    assert ran.returncode == 1 and "unigram" in ran.stdout
+
+
+def test_data_prepares_what_train_takes(path: Path, tmp_path: Path, tokens: TokenData) -> None:
+    ran = spannorm("data", path, "--out", tmp_path / "tokens")
+    assert ran.returncode == 0 and tokens.sha256[:16] in ran.stdout
+
+
+def test_bad_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "run"]
+    assert_refused(spannorm("train", tmp_path / "none.yaml", *out), "no recipe at")
+    assert_refused(spannorm("train", path, *out, "--set", "train.stepps=3"), "'steps'")
+    assert_refused(spannorm("train", path, *out, "--set", "model.hidden_size=33"), "33")
+    assert_refused(spannorm("train", path, *out, "--set", "data.corpus=/nowhere"), "no corpus at", "/nowhere")
+    assert_refused(spannorm("train", path, *out, "--data", tmp_path / "none"), "no prepared data")
+    assert_refused(spannorm("report", tmp_path / "none"), "results.json")
+    (tmp_path / "empty").mkdir()
+    assert_refused(spannorm("train", path, *out, "--set", f"data.corpus={tmp_path / 'empty'}"), "no file")
+
+
+def test_a_corpus_shorter_than_one_sequence_is_refused(path: Path, tmp_path: Path, tokens: TokenData) -> None:
+    ran = spannorm(
+        "train", path, "--out", tmp_path / "r", "--data", tokens.directory, "--set", "train.sequence_length=10000000"
+    )
+    assert_refused(ran, "fewer than one sequence of 10000000")
+
+
+def test_a_truncated_token_file_is_refused(path: Path, tmp_path: Path) -> None:
+    assert spannorm("data", path, "--out", tmp_path / "tokens").returncode == 0
+    tokens = tmp_path / "tokens" / "train.bin"
+    os.truncate(tokens, tokens.stat().st_size - 100)
+    assert_refused(
+        spannorm("train", path, "--out", tmp_path / "run", "--data", tmp_path / "tokens"), "truncated by 100"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(spannorm("train", path, "--out", tmp_path / "file" / "run"), "cannot write to")
+    assert_refused(spannorm("train", path, "--out", "/proc/spannorm"), "cannot make the folder /proc/spannorm")
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "read-only"), (errno.EACCES, "may not write")])
+def test_a_read_only_folder_is_refused_before_any_time_is_spent(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def refuse(*_: object) -> None:  # by hand, since root may write where the mode says no
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(InputError, match=words):
+        train(recipe, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_no_room_for_a_checkpoint_is_one_clear_error_and_the_run_goes_on_with_room(
+    path: Path, tokens: TokenData, tmp_path: Path
+) -> None:
+    """The kernel refuses any file above 64 KiB, as a full disk would refuse the checkpoint's weights."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY)); "
+    run = ["train", str(path), "--out", str(tmp_path / "run"), "--data", str(tokens.directory)]
+    script = f"{limit}sys.argv[1:] = {run!r}; from spannorm.cli import main; main()"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert_refused(ran, "cannot write to", "run the same command again")
+    assert not (tmp_path / "run" / "result.json").exists()
+    ran = spannorm(*run)
+    assert ran.returncode == 0, ran.stderr

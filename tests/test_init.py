@@ -1,0 +1,329 @@
+"""The first values of a plain PyTorch model: the plan, the draw, the receipt, the optimizer's groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from spannorm.errors import InputError
+from spannorm.init import Draw, init_plan, init_receipt, init_weights_, parameter_groups, standard_normal
+from spannorm.norms import build_norm
+from spannorm.placements import PLACEMENTS, build_placement
+from spannorm.scaling import depth_rule_names
+
+WIDTH, INNER, VOCAB, DEPTH = 16, 40, 50, 4
+ARMS = [(placement, rule) for placement in PLACEMENTS for rule in depth_rule_names()]
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, placement: str, rule: str, index: int, norm: str) -> None:
+        super().__init__()
+        self.placement = build_placement(
+            placement, hidden_size=WIDTH, layer_idx=index, num_layers=DEPTH, depth_rule=rule, norm=norm
+        )
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.self_attn.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.mlp.gate_proj = nn.Linear(WIDTH, INNER, bias=False)
+        self.mlp.up_proj = nn.Linear(WIDTH, INNER, bias=False)
+        self.mlp.down_proj = nn.Linear(INNER, WIDTH, bias=False)
+
+
+class Plain(nn.Module):
+    """A model of someone's own, with the Llama family's names."""
+
+    def __init__(self, placement: str = "span", rule: str = "none", norm: str = "rmsnorm", tied: bool = False) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(PlainBlock(placement, rule, i, norm) for i in range(DEPTH))
+        self.norm = build_norm(norm, WIDTH)
+        self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+
+def drawn(placement: str = "span", rule: str = "none", *, seed: int = 0, **options) -> Plain:
+    model = Plain(placement, rule, **options)
+    init_weights_(model, init_plan(model, tied=options.get("tied", False)), seed=seed)
+    return model
+
+
+def factor(rule: str, leaf: str) -> float:
+    """The init factor of a matrix at four blocks, by hand."""
+    deep = leaf in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    if rule in ("deepnorm", "subln"):
+        return {"deepnorm": 32**-0.25, "subln": math.sqrt(math.log(8))}[rule] if deep else 1.0
+    written = ("down_proj",) if ":ffn" in rule else ("o_proj", "down_proj")
+    if ":forward" in rule or leaf not in written:
+        return 1.0
+    return {"1/sqrt(L)": 0.5, "1/sqrt(2L)": 8**-0.5, "1/L": 0.25}.get(rule.split(":")[0], 1.0)
+
+
+def expected_draw(name: str, rule: str, tied: bool) -> tuple[float, float]:
+    """(mean, std) of a parameter, by hand."""
+    module, leaf = name.split(".")[-2:]
+    if leaf in ("attn_scale", "ffn_scale"):
+        return {"rezero": 0.0, "layerscale": 0.1}[rule], 0.0
+    if leaf == "bias":
+        return 0.0, 0.0
+    if module.endswith("norm"):
+        return 1.0, 0.0
+    if module == "embed_tokens":
+        return 0.0, 0.25 if tied else 1.0
+    return 0.0, factor(rule, module) * (INNER**-0.5 if module == "down_proj" else 0.25)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("placement", "rule"), ARMS)
+def test_every_parameter_is_drawn_as_the_rule_says(placement, rule, tied):
+    model = drawn(placement, rule, norm="layernorm", tied=tied)
+    plan = init_plan(model, tied=tied)
+    assert plan.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        mean, std = expected_draw(name, rule, tied)
+        assert (plan[name].mean, plan[name].std) == pytest.approx((mean, std), rel=1e-12)
+        if std == 0.0:
+            assert torch.equal(parameter, torch.full(parameter.shape, mean))
+        else:
+            z, n = parameter.double() / std, parameter.numel()
+            assert z.mean().abs() < 5 / n**0.5
+            assert (z.std() - 1).abs() < 5 / (2 * n) ** 0.5
+    assert not init_receipt(model, plan).mismatches
+
+
+def test_each_block_follows_its_own_rule_and_what_stands_outside_follows_none():
+    # eleven blocks, so that one name is the beginning of another: layers.1 and layers.10
+    model = Plain()
+    rules = {i: "deepnorm" if i in (0, 10) else "1/L" if i == 1 else "none" for i in range(11)}
+    model.layers = nn.ModuleList(PlainBlock("span", rule, 1, "rmsnorm") for rule in rules.values())
+    model.extra = nn.Module()
+    model.extra.o_proj = nn.Linear(WIDTH, WIDTH)
+    plan = init_plan(model)
+    for i, rule in rules.items():
+        for leaf in ("self_attn.v_proj", "self_attn.o_proj"):
+            wanted = factor(rule, leaf.split(".")[1]) * 0.25
+            assert plan[f"layers.{i}.{leaf}.weight"].std == pytest.approx(wanted)
+    assert plan["extra.o_proj.weight"].std == pytest.approx(0.25)
+
+
+def test_normal_draws_every_matrix_alike_before_the_depth_rule():
+    plan = init_plan(Plain("span", "1/sqrt(L)"), base_init="normal", initializer_range=0.03)
+    for name, draw in plan.items():
+        halved = "o_proj.weight" in name or "down_proj" in name
+        constant = draw.role in ("norm", "bias")
+        assert draw.std == pytest.approx(0.0 if constant else 0.015 if halved else 0.03)
+
+
+@pytest.mark.parametrize(("placement", "rule"), ARMS)
+def test_arms_share_a_body_and_differ_by_std_alone(placement, rule):
+    reference, arm = drawn("pre", "none"), drawn(placement, rule)
+    plans = init_plan(reference), init_plan(arm)
+    others = dict(arm.named_parameters())
+    common = [(n, p) for n, p in reference.named_parameters() if n in others]
+    assert len(common) >= 2 + 7 * DEPTH
+    for name, parameter in common:
+        a, b = plans[0][name], plans[1][name]
+        if a.std:
+            torch.testing.assert_close(parameter / a.std, others[name] / b.std)
+        else:
+            assert torch.equal(parameter, others[name])
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_one_seed_gives_one_model_and_another_seed_another():
+    first, again, other = values(drawn(seed=3)), values(drawn(seed=3)), values(drawn(seed=4))
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        if value.std() > 0:
+            # not merely different: unrelated
+            pair = torch.stack([value.flatten(), other[name].flatten()])
+            assert torch.corrcoef(pair)[0, 1].abs() < 5 / value.numel() ** 0.5
+
+
+def test_two_tensors_of_one_model_are_unrelated():
+    model = drawn()
+    q, k = model.layers[0].self_attn.q_proj.weight, model.layers[1].self_attn.q_proj.weight
+    assert torch.corrcoef(torch.stack([q.flatten(), k.flatten()]))[0, 1].abs() < 5 / q.numel() ** 0.5
+
+
+def test_the_global_generator_has_no_say_and_is_left_alone():
+    model = Plain()
+    plan = init_plan(model)
+    torch.manual_seed(1)
+    init_weights_(model, plan)
+    first = values(model)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    init_weights_(model, plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_of_a_parameter_rounds_the_draw_and_does_not_change_it(dtype):
+    wide, model = drawn("span", "1/L"), Plain("span", "1/L").to(dtype)
+    init_weights_(model, init_plan(model))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, wide.get_parameter(name).to(dtype))
+    assert not init_receipt(model, init_plan(model)).mismatches
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_has_no_say_in_the_draw(dtype):
+    # Transformers sets it while it builds a model in another dtype.
+    wanted = values(drawn())
+    model = Plain()
+    torch.set_default_dtype(dtype)
+    try:
+        init_weights_(model, init_plan(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(wanted[n], p) for n, p in model.named_parameters())
+
+
+def test_the_default_device_has_no_say_in_the_draw():
+    # Building under `with torch.device("cuda")` is common; meta stands in for it on any machine.
+    with torch.device("meta"):
+        z = standard_normal(torch.Size([8, 8]), 0, "w")
+    assert z.device.type == "cpu"
+    assert torch.equal(z, standard_normal(torch.Size([8, 8]), 0, "w"))
+
+
+def test_a_model_built_on_meta_device_is_planned_there_and_drawn_as_any_other():
+    with torch.device("meta"):
+        model = Plain("span", "layerscale")
+    plan = init_plan(model)
+    with pytest.raises(InputError, match=r"embed_tokens.weight is on meta device.*to_empty and init_weights_"):
+        init_receipt(model, plan)
+    model.to_empty(device="cpu")
+    init_weights_(model, plan)
+    wanted = values(drawn("span", "layerscale"))
+    assert all(torch.equal(wanted[n], p) for n, p in model.named_parameters())
+
+
+def test_a_prefix_is_taken_off_before_a_name_seeds():
+    body, whole = drawn(), nn.Module()
+    whole.model = Plain()
+    init_weights_(whole, init_plan(whole), prefix="model.")
+    assert all(torch.equal(p, whole.get_parameter(f"model.{n}")) for n, p in body.named_parameters())
+
+
+def test_what_the_plan_does_not_name_is_left_alone():
+    model = drawn(seed=1)
+    before = values(model)
+    name = "layers.1.mlp.up_proj.weight"
+    init_weights_(model, {name: init_plan(model)[name]}, seed=2)
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == [name]
+
+
+def mutate_scale(model: Plain) -> str:
+    model.layers[2].mlp.down_proj.weight.data *= 1.5
+    return "layers.2.mlp.down_proj.weight"
+
+
+def mutate_depth(model: Plain) -> str:
+    # the commonest mistake: the residual factor forgotten on one output matrix (1/√L of four blocks is 0.5)
+    model.layers[0].self_attn.o_proj.weight.data *= 2
+    return "layers.0.self_attn.o_proj.weight"
+
+
+def mutate_mean(model: Plain) -> str:
+    model.lm_head.weight.data += 0.25 * model.lm_head.weight.std()
+    return "lm_head.weight"
+
+
+def mutate_norm(model: Plain) -> str:
+    model.layers[1].placement.ffn_norm.weight.data.zero_()
+    return "layers.1.placement.ffn_norm.weight"
+
+
+def mutate_one_gain(model: Plain) -> str:
+    model.norm.weight.data[3] = 1.01
+    return "norm.weight"
+
+
+def mutate_bias(model: Plain) -> str:
+    model.layers[3].self_attn.q_proj.bias.data[0] = 1e-3
+    return "layers.3.self_attn.q_proj.bias"
+
+
+def mutate_to_nan(model: Plain) -> str:
+    model.embed_tokens.weight.data[0, 0] = math.nan
+    return "embed_tokens.weight"
+
+
+MUTATIONS = [mutate_scale, mutate_depth, mutate_mean, mutate_norm, mutate_one_gain, mutate_bias, mutate_to_nan]
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS)
+def test_the_receipt_names_exactly_the_tensor_that_is_wrong(mutate):
+    model = drawn("span", "1/sqrt(L)")
+    plan = init_plan(model)
+    assert not init_receipt(model, plan).mismatches
+    wrong = mutate(model)
+    receipt = init_receipt(model, plan)
+    assert [row.name for row in receipt.mismatches] == [wrong]
+    text = str(receipt)
+    assert text.endswith("1 mismatch")
+    assert [line.split()[0] for line in text.splitlines() if "✗" in line] == [wrong]
+
+
+def test_the_receipt_has_a_row_for_every_tensor():
+    model = drawn()
+    receipt = init_receipt(model, init_plan(model))
+    assert [(r.name, r.shape) for r in receipt.rows] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert str(receipt).endswith(f"{len(receipt.rows)} tensors, no mismatches")
+    row = next(r for r in receipt.rows if r.name == "layers.0.mlp.down_proj.weight")
+    assert row.expected == Draw("ffn_down", 0.0, INNER**-0.5)
+    weight = model.layers[0].mlp.down_proj.weight.double()
+    assert (row.mean, row.std) == pytest.approx((weight.mean().item(), weight.std(correction=0).item()))
+
+
+def test_a_parameter_without_a_role_is_refused():
+    model = Plain()
+    model.adapter = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(InputError, match=r"no role is known for the parameter 'adapter.weight'.*q_proj"):
+        init_plan(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("placement", "rule"), ARMS)
+def test_the_optimizer_gets_every_parameter_once_with_the_rate_and_decay_of_its_role(placement, rule, tied):
+    model = Plain(placement, rule, "layernorm", tied)
+    got: dict[int, tuple[float, float]] = {}
+    for group in parameter_groups(model, learning_rate=0.01, weight_decay=0.1):
+        for parameter in group["params"]:
+            assert id(parameter) not in got, "a parameter in two groups would be stepped twice"
+            got[id(parameter)] = group["lr"], group["weight_decay"]
+    assert got.keys() == {id(p) for p in model.parameters()}
+    for name, parameter in model.named_parameters():
+        leaf = name.split(".")[-2]
+        c = factor(rule, leaf) if rule.endswith(":init+lr") and name.endswith("weight") else 1.0
+        # only matrices decay; an embedding is a table, and a tied head is that table
+        decays = parameter.ndim == 2 and leaf != "embed_tokens"
+        assert got[id(parameter)] == pytest.approx((0.01 * c, 0.1 / c if decays else 0.0)), name
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer():
+    model = Plain()
+    model.lm_head.weight.requires_grad_(False)
+    groups = parameter_groups(model, learning_rate=0.01, weight_decay=0.1)
+    assert not any(p is model.lm_head.weight for g in groups for p in g["params"])
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters())) - 1
+
+
+def test_groups_are_what_adamw_takes():
+    groups = parameter_groups(Plain("span", "1/L:init+lr"), learning_rate=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    assert {(round(g["lr"], 9), round(g["weight_decay"], 9)) for g in optimizer.param_groups} == {
+        (0.01, 0.1),
+        (0.01, 0.0),
+        (0.0025, 0.4),
+    }

@@ -1,0 +1,186 @@
+"""Depth rules and base init, held against the formulas and the goldens of the papers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spannorm.errors import InputError
+from spannorm.scaling import ROLES, base_std, depth_rule, depth_rule_names
+
+# Written out a second time, by hand: the grammar's factors as exponent and multiple of L.
+FACTORS = {"1/sqrt(L)": (1, 0.5), "1/sqrt(2L)": (2, 0.5), "1/L": (1, 1.0)}
+GRAMMAR = [f + b + w for f in FACTORS for b in ("", ":ffn") for w in ("", ":forward", ":init+lr")]
+NAMED = ["none", "deepnorm", "subln", "rezero", "layerscale"]
+BODY = {"v", "attn_out", "ffn_gate", "ffn_up", "ffn_down"}
+
+depths = st.integers(1, 10_000)
+
+
+def expected_factor(name: str, depth: int) -> float:
+    multiple, exponent = FACTORS[name.split(":")[0]]
+    return math.exp(-exponent * math.log(multiple * depth))
+
+
+def effective(factors, role: str) -> float:
+    """A role that is absent has factor 1."""
+    return factors.get(role, 1.0)
+
+
+def test_the_names_are_the_grammar_and_the_named_rules():
+    assert sorted(depth_rule_names()) == sorted([*GRAMMAR, *NAMED])
+
+
+@pytest.mark.parametrize("name", [*GRAMMAR, *NAMED])
+def test_a_rule_records_its_name(name):
+    assert depth_rule(name, 6).name == name
+
+
+@given(name=st.sampled_from(GRAMMAR), depth=depths)
+def test_a_factor_lands_where_the_suffix_says_and_nowhere_else(name, depth):
+    rule, c = depth_rule(name, depth), expected_factor(name, depth)
+    forward, twin, ffn_only = ":forward" in name, ":init+lr" in name, ":ffn" in name
+    attn = 1.0 if ffn_only else c
+
+    assert rule.ffn_forward == pytest.approx(c if forward else 1.0, rel=1e-12)
+    assert rule.attn_forward == pytest.approx(attn if forward else 1.0, rel=1e-12)
+    for role in ROLES:
+        at_init = {"attn_out": attn, "ffn_down": c}.get(role, 1.0)
+        assert effective(rule.init, role) == pytest.approx(1.0 if forward else at_init, rel=1e-12)
+        assert effective(rule.learning_rate, role) == pytest.approx(at_init if twin else 1.0, rel=1e-12)
+    assert rule.learned == ""
+
+
+@given(depth=depths)
+def test_none_changes_nothing_at_any_depth(depth):
+    rule = depth_rule("none", depth)
+    assert (rule.attn_forward, rule.ffn_forward, rule.learned) == (1.0, 1.0, "")
+    assert not rule.init and not rule.learning_rate
+
+
+@given(depth=depths)
+def test_deepnorm_scales_values_and_ffn_by_beta_but_not_queries_and_keys(depth):
+    rule = depth_rule("deepnorm", depth)
+    assert set(rule.init) == BODY
+    for factor in rule.init.values():
+        assert factor**4 * 8 * depth == pytest.approx(1.0, rel=1e-12)
+    assert (rule.attn_forward, rule.ffn_forward, rule.learned, dict(rule.learning_rate)) == (1.0, 1.0, "", {})
+
+
+@pytest.mark.parametrize(("depth", "beta"), [(12, 0.319472), (24, 0.268642), (32, 0.25)])
+def test_deepnorm_beta_is_the_papers(depth, beta):
+    assert depth_rule("deepnorm", depth).init["v"] == pytest.approx(beta, abs=5e-7)
+
+
+@given(depth=depths)
+def test_subln_scales_the_same_matrices_up_with_depth(depth):
+    rule = depth_rule("subln", depth)
+    assert set(rule.init) == BODY
+    for factor in rule.init.values():
+        assert math.exp(factor**2) == pytest.approx(2 * depth, rel=1e-9)
+    assert (rule.attn_forward, rule.ffn_forward, rule.learned, dict(rule.learning_rate)) == (1.0, 1.0, "", {})
+
+
+@pytest.mark.parametrize(("depth", "factor"), [(12, 1.782710), (32, 2.039334)])
+def test_subln_factor_is_the_papers(depth, factor):
+    assert depth_rule("subln", depth).init["ffn_down"] == pytest.approx(factor, abs=5e-7)
+
+
+@given(depth=depths)
+def test_rezero_is_one_learned_scalar_from_zero(depth):
+    rule = depth_rule("rezero", depth)
+    assert (rule.learned, rule.gain) == ("scalar", 0.0)
+    assert not rule.init and not rule.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("depth", "gain"), [(1, 0.1), (18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6), (36, 1e-6), (1000, 1e-6)]
+)
+def test_layerscale_starts_in_three_steps(depth, gain):
+    rule = depth_rule("layerscale", depth)
+    assert (rule.learned, rule.gain) == ("vector", gain)
+    assert not rule.init and not rule.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("none:ffn", "none"),
+        ("none:forward", ""),  # as near to 1/L:forward as to none: naming either helps
+        ("deepnorm:forward", "deepnorm"),
+        ("rezero:ffn", "rezero"),
+        ("1/sqrt(l)", "1/sqrt(L)"),
+        ("1/sqrt(3L)", "1/sqrt("),
+        ("1/sqrt(L):fnn", "1/sqrt(L):ffn"),
+        ("1/sqrt(L):forward:ffn", "1/sqrt(L):f"),
+        ("1/sqrt(L):ffn:ffn", "1/sqrt(L):ffn"),
+        ("1/sqrt(L):forward:init+lr", "1/sqrt(L):"),
+        ("1/L:init", "1/L:init+lr"),
+        ("1/L:", "1/L"),
+        ("deepnrom", "deepnorm"),
+        ("layer_scale", "layerscale"),
+    ],
+)
+def test_a_name_outside_the_grammar_is_refused_and_the_nearest_is_named(name, near):
+    with pytest.raises(InputError) as caught:
+        depth_rule(name, 4)
+    message = str(caught.value)
+    assert f"unknown depth rule {name!r}: did you mean '{near}" in message
+    for known in (*GRAMMAR, *NAMED):
+        assert known in message.split("Known: ")[1]
+
+
+def test_an_empty_name_is_no_rule():
+    with pytest.raises(InputError, match="unknown depth rule ''"):
+        depth_rule("", 4)
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+@pytest.mark.parametrize("name", ["none", "1/sqrt(L)", "deepnorm", "layerscale"])
+def test_a_model_without_blocks_is_refused(name, depth):
+    with pytest.raises(InputError, match=f"at least 1 block.*{depth}"):
+        depth_rule(name, depth)
+
+
+WEIGHTS = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down", "router", "head")
+
+
+@given(role=st.sampled_from(WEIGHTS), fan_in=st.integers(1, 10**6), tied=st.booleans())
+def test_fan_in_keeps_unit_variance_through_every_matrix(role, fan_in, tied):
+    assert base_std(role, fan_in, tied=tied) ** 2 * fan_in == pytest.approx(1.0, rel=1e-12)
+
+
+@given(width=st.integers(1, 10**6))
+def test_an_embedding_has_unit_variance_as_the_blocks_read_it(width):
+    assert base_std("embedding", width) == 1.0
+    # Tied to the head it has the head's std and is multiplied by √d on input.
+    assert base_std("embedding", width, tied=True) * math.sqrt(width) == pytest.approx(1.0, rel=1e-12)
+
+
+@given(
+    role=st.sampled_from([*WEIGHTS, "embedding"]),
+    fan_in=st.integers(1, 10**6),
+    tied=st.booleans(),
+    std=st.floats(1e-4, 1.0),
+)
+def test_normal_has_one_std_for_every_weight(role, fan_in, tied, std):
+    assert base_std(role, fan_in, base_init="normal", initializer_range=std, tied=tied) == std
+    assert base_std(role, fan_in, base_init="normal", tied=tied) == 0.02
+
+
+@pytest.mark.parametrize("base_init", ["fan_in", "normal"])
+@pytest.mark.parametrize("role", ["norm", "bias", "gain"])
+def test_norms_biases_and_gains_are_not_drawn(role, base_init):
+    assert base_std(role, 64, base_init=base_init) == 0.0
+
+
+def test_every_role_has_a_base_std():
+    assert set(ROLES) == {*WEIGHTS, "embedding", "norm", "bias", "gain"}
+
+
+def test_an_unknown_base_init_is_refused():
+    with pytest.raises(InputError, match="unknown base_init 'fanin': did you mean 'fan_in'"):
+        base_std("q", 64, base_init="fanin")
