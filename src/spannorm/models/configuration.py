@@ -82,8 +82,8 @@ class SpanNormConfig(LlamaConfig):
             raise InputError(f"`head_dim` ({self.head_dim}) must be even for RoPE; try {self.head_dim + 1}.")
         if self.head_dim is None and width // heads % 2:
             raise InputError(
-                f"the head size ({width // heads} = `hidden_size` {width} / `num_attention_heads` {heads}) must be even "
-                f"for RoPE: change one of the two."
+                f"the head size ({width // heads} = `hidden_size` {width} / `num_attention_heads` {heads}) must be "
+                "even for RoPE: change one of the two."
             )
 
     def build_placement(self, layer_idx: int) -> Placement:
