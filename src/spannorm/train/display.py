@@ -152,7 +152,7 @@ class Board:
                 style="dim" if row.status == "waiting" else "",
             )
         elapsed = time.monotonic() - self._began
-        return Group(table, Text(f"{_clock(elapsed)} gone", style="dim"))
+        return Group(table, Text(f"{_clock(elapsed)} elapsed", style="dim"))
 
 
 def wide_console() -> Console:
