@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from spannorm.errors import InputError
 from spannorm.models import SpanNormForCausalLM, SpanNormModel
 from spannorm.placements import PLACEMENTS
 from spannorm.scaling import depth_rule_names
@@ -80,3 +81,15 @@ def test_importing_the_models_is_all_that_the_auto_classes_need(tiny_config, tmp
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(model.eval()(IDS).logits.double().sum().item(), abs=1e-4)
+
+
+def test_a_pickle_is_refused(tiny_config, tmp_path):
+    model = SpanNormForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for cls in (SpanNormForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            cls.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="pickle"):
+        SpanNormForCausalLM.from_pretrained(tmp_path, use_safetensors=False)

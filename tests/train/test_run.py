@@ -290,3 +290,33 @@ def test_the_vocabulary_must_hold_the_tokenizer(recipe: Recipe, tokens: TokenDat
 
 def test_a_stop_is_not_an_error_of_the_input() -> None:
     assert not issubclass(Stopped, InputError)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_the_eager_one(
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(replace(recipe, train=replace(recipe.train, compile=True)), tokens, out)
+    assert "validation loss" in process.communicate(timeout=300)[0]
+    for ours, reference in zip(records(out), records(finished), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-3)
+    assert load_file(out / "model" / "model.safetensors").keys() == weights(finished).keys()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_still_equals(
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
+) -> None:
+    """A kill every few steps, so that some fall into a checkpoint's writing."""
+    out = tmp_path / "run"
+    often = replace(recipe, train=replace(recipe.train, checkpoint_every=2))
+    for kill in range(5):
+        process = start(often, tokens, out)
+        wait_for_steps(out, 6 * (kill + 1), process)
+        time.sleep(0.007 * kill)
+        process.kill()
+        process.communicate()
+        assert not (out / "result.json").exists()
+    train(often, out, data=tokens.directory)
+    assert_same_run(out, finished)

@@ -130,6 +130,7 @@ def _about(recipe: Recipe, tokens: TokenData) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "recipe": recipe.to_dict(),
+        "model_config": model_config(recipe, tokens).to_dict(),
         "versions": versions(),
         "machine": machine(),
         "data": {

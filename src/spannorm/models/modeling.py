@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from spannorm.errors import InputError
 from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_
 from spannorm.models.configuration import SpanNormConfig
 from spannorm.models.sublayers import build_attention, build_ffn
@@ -55,6 +56,13 @@ class SpanNormPreTrainedModel(PreTrainedModel):
         "hidden_states": SpanNormDecoderLayer,
         "attentions": LlamaAttention,
     }
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, from safetensors alone: a pickle can run code, and is refused."""
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise InputError("use_safetensors=False asks for a pickle: convert the weights to safetensors instead.")
+        return super().from_pretrained(*args, **kwargs)
 
     def init_plan(self) -> dict[str, Draw]:
         """How every parameter is to be drawn, by this model's configuration."""
