@@ -60,13 +60,14 @@ def test_data_prepares_what_train_takes(path: Path, tmp_path: Path, tokens: Toke
     assert ran.returncode == 0 and tokens.sha256[:16] in ran.stdout
 
 
-def test_bad_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path, tokens: TokenData) -> None:
     out = ["--out", tmp_path / "run"]
     assert_refused(spannorm("train", tmp_path / "none.yaml", *out), "no recipe at")
     assert_refused(spannorm("train", path, *out, "--set", "train.stepps=3"), "'steps'")
     assert_refused(spannorm("train", path, *out, "--set", "model.hidden_size=33"), "33")
     assert_refused(spannorm("train", path, *out, "--set", "data.corpus=/nowhere"), "no corpus at", "/nowhere")
-    assert_refused(spannorm("train", path, *out, "--data", tmp_path / "none"), "no prepared data")
+    other = ["--set", "data.test_fraction=0.1", "--data", tokens.directory]
+    assert_refused(spannorm("train", path, *out, *other), "data of another recipe", "data.test_fraction")
     assert_refused(spannorm("report", tmp_path / "none"), "results.json")
     (tmp_path / "empty").mkdir()
     assert_refused(spannorm("train", path, *out, "--set", f"data.corpus={tmp_path / 'empty'}"), "no file")

@@ -32,7 +32,10 @@ def train(
     out: Out = None,
     overrides: Overrides = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Tokens prepared by `spannorm data`; default DIR/data.")
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", help="Folder of the tokens, for several runs to share; default DIR/data."
+        ),
     ] = None,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
@@ -61,6 +64,8 @@ def compare(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) ->
     folder = out or Path("runs") / loaded.name
     results = compare(loaded, folder)
     print_results(results, folder)
+    if not results["complete"]:
+        sys.exit(1)
 
 
 @app.command()
@@ -85,7 +90,7 @@ def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> No
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 training failed, 2 bad input, 130 stopped and saved."""
+    """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 stopped and saved."""
     try:
         app()
     except InputError as error:

@@ -130,10 +130,12 @@ def test_a_crashed_job_is_named_with_its_log_and_tried_again(
     fake.chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(fake))
-        arm = compare(one, tmp_path / "out")["arms"][0]
-    assert arm["status"] == "failed" and "crashed (exit code 3)" in arm["reason"]
+        results = compare(one, tmp_path / "out")
+    arm = results["arms"][0]
+    assert not results["complete"] and arm["status"] == "failed" and "crashed (exit code 3)" in arm["reason"]
     assert "boom" in (tmp_path / "out" / "jobs" / arm["job"] / "log.txt").read_text()
-    assert compare(one, tmp_path / "out")["arms"][0]["val_loss"] is not None
+    results = compare(one, tmp_path / "out")
+    assert results["complete"] and results["arms"][0]["val_loss"] is not None
 
 
 def test_jobs_are_arms_times_grid(recipe: Recipe) -> None:

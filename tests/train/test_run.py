@@ -247,6 +247,26 @@ def test_a_truncated_checkpoint_is_passed_over(
     assert_same_run(out, finished)
 
 
+def test_a_run_killed_after_its_last_step_is_only_evaluated(
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    result = train(recipe, out, data=tokens.directory)
+    assert_same_run(out, finished)
+    assert result["val_loss"] == json.loads((finished / "result.json").read_text())["val_loss"]
+
+
+def test_a_run_does_not_go_on_on_other_tokens(
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    run = json.loads((out / "run.json").read_text())
+    run["data"]["sha256"] = "0" * 64
+    (out / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match="begun on other tokens"):
+        train(recipe, out, data=tokens.directory)
+
+
 def test_a_checkpoint_of_another_model_is_refused(
     recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
 ) -> None:

@@ -101,9 +101,11 @@ def compare(recipe: Recipe, out: Path) -> dict[str, Any]:
         about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
         runner = _Runner(out, jobs, data)
         try:
-            runner.run(recipe.name, lambda: write_json(out / RESULTS, {**about, "arms": runner.arms()}))
+            runner.run(
+                recipe.name, lambda: write_json(out / RESULTS, {**about, "complete": False, "arms": runner.arms()})
+            )
         finally:
-            results = {**about, "arms": runner.arms()}
+            results = {**about, "complete": runner.complete(), "arms": runner.arms()}
             write_json(out / RESULTS, results)
             draw_report(out)
     return results
@@ -225,6 +227,10 @@ class _Runner:
             self.rows[name].status = "stopped"
         self._running.clear()
 
+    def complete(self) -> bool:
+        """Whether every job has a result, if only that it failed to train."""
+        return all((self.out / "jobs" / job.name / RESULT).is_file() for job in self.jobs)
+
     def arms(self) -> list[dict[str, Any]]:
         """Every job's row of `results.json`: its result, or how far it came."""
         rows = []
@@ -249,7 +255,9 @@ class _Runner:
 def _places(threads: int) -> list[dict[str, str]]:
     """The environment of each job that may run at once: a GPU each, or its share of the cores."""
     if torch.cuda.is_available():
-        return [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(torch.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
     threads = threads or 1
     return [{"OMP_NUM_THREADS": str(threads)} for _ in range(max(1, cores() // threads))]
 

@@ -56,10 +56,10 @@ def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfi
         if key not in known:
             raise unknown("key in model", key, known)
     values: dict[str, Any] = {"max_position_embeddings": recipe.train.sequence_length, **recipe.model}
-    values["init_seed"] = recipe.train.seed
+    values.setdefault("init_seed", recipe.train.seed)
     if data is not None:
         values.setdefault("vocab_size", data.vocab_size)
-        values["eos_token_id"] = data.end_of_document
+        values.setdefault("eos_token_id", data.end_of_document)
         if values["vocab_size"] < data.vocab_size:
             raise InputError(
                 f"model.vocab_size ({values['vocab_size']}) must be at least the tokenizer's vocabulary "
@@ -90,7 +90,7 @@ def train(
     Args:
         recipe: its `compare` section is not looked at.
         out: the run's folder; a run begun there with the same recipe goes on from its last complete checkpoint.
-        data: a folder written by `prepare_data`; None prepares the tokens in `out/data`.
+        data: the folder of the tokens, prepared there if they are not yet; None means `out/data`.
         on_step: called with every step's record.
         stop_with_parent: stop, saved, when the process that started this one is gone.
 
@@ -119,7 +119,7 @@ def _train(
     _quiet()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    tokens = prepare_data(recipe.data, out / "data") if data is None else TokenData.open(data)
+    tokens = prepare_data(recipe.data, data or out / "data")
     config = model_config(recipe, tokens)
     t = recipe.train
     sequences = TrainingSequences(tokens, t.sequence_length, t.steps * t.batch_size * t.accumulation, t.seed)
@@ -130,6 +130,11 @@ def _train(
     model = SpanNormForCausalLM(config)
     if not begun:
         write_json(out / RUN, _description(recipe, model, tokens))
+    elif (before := read_json(out / RUN)["data"]["sha256"]) != tokens.sha256:
+        raise InputError(
+            f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
+            "has changed. Choose another --out folder."
+        )
 
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
