@@ -13,7 +13,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check lint clean
+.PHONY: install demo test test-slow check lint docs clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -38,6 +38,9 @@ lint: install
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -c 'from spannorm.placements.catalog import markdown; print(markdown(), end="")' > docs/placements.md
 
 check: lint test
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,10 +53,25 @@ def rooms(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_imports_what_the_picture_shows_and_no_more(module):
     inside, outside = MAY_IMPORT[module]
-    path = ROOT / f"{module}.py"
-    assert rooms(path) <= set(inside)
-    foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"spannorm"}
-    assert foreign <= set(outside)
+    files = sorted((ROOT / module).glob("*.py")) or [ROOT / f"{module}.py"]
+    for path in files:
+        # a package may look into itself
+        assert rooms(path) <= {*inside, *([module] if path.parent.name == module else [])}, path
+        foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"spannorm"}
+        assert foreign <= set(outside), path
+
+
+def test_a_placement_stands_on_the_base_and_may_be_made_of_others_and_the_registry_knows_all():
+    folder = ROOT / "placements"
+    inner = {
+        path.stem: {name.split(".")[2] for name in imports(path) if re.match(r"spannorm\.placements\.[a-z]", name)}
+        for path in folder.glob("*.py")
+    }
+    files = set(inner) - {"__init__", "base", "catalog"}  # the catalogue reads the registry
+    assert inner["base"] == set()
+    assert inner["__init__"] == {"base", *files}
+    for name in files:
+        assert "base" in inner[name] <= {"base", *files} - {name}
 
 
 @pytest.mark.parametrize("room", MUST_NOT_IMPORT)

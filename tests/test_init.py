@@ -6,16 +6,15 @@ import math
 
 import pytest
 import torch
+from arms import ARMS, TIED_ARMS
 from torch import nn
 
 from spannorm.errors import InputError
 from spannorm.init import Draw, init_plan, init_receipt, init_weights_, parameter_groups, standard_normal
 from spannorm.norms import build_norm
-from spannorm.placements import PLACEMENTS, build_placement
-from spannorm.scaling import depth_rule_names
+from spannorm.placements import build_placement
 
 WIDTH, INNER, VOCAB, DEPTH = 16, 40, 50, 4
-ARMS = [(placement, rule) for placement in PLACEMENTS for rule in depth_rule_names()]
 
 
 class PlainBlock(nn.Module):
@@ -47,7 +46,7 @@ class Plain(nn.Module):
 
 def drawn(placement: str = "span", rule: str = "none", *, seed: int = 0, **options) -> Plain:
     model = Plain(placement, rule, **options)
-    init_weights_(model, init_plan(model, tied=options.get("tied", False)), seed=seed)
+    init_weights_(model, init_plan(model, width=WIDTH, tied=options.get("tied", False)), seed=seed)
     return model
 
 
@@ -76,11 +75,10 @@ def expected_draw(name: str, rule: str, tied: bool) -> tuple[float, float]:
     return 0.0, factor(rule, module) * (INNER**-0.5 if module == "down_proj" else 0.25)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("placement", "rule"), ARMS)
+@pytest.mark.parametrize(("placement", "rule", "tied"), TIED_ARMS)
 def test_every_parameter_is_drawn_as_the_rule_says(placement, rule, tied):
     model = drawn(placement, rule, norm="layernorm", tied=tied)
-    plan = init_plan(model, tied=tied)
+    plan = init_plan(model, width=WIDTH, tied=tied)
     assert plan.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         mean, std = expected_draw(name, rule, tied)
@@ -101,7 +99,7 @@ def test_each_block_follows_its_own_rule_and_what_stands_outside_follows_none():
     model.layers = nn.ModuleList(PlainBlock("span", rule, 1, "rmsnorm") for rule in rules.values())
     model.extra = nn.Module()
     model.extra.o_proj = nn.Linear(WIDTH, WIDTH)
-    plan = init_plan(model)
+    plan = init_plan(model, width=WIDTH)
     for i, rule in rules.items():
         for leaf in ("self_attn.v_proj", "self_attn.o_proj"):
             wanted = factor(rule, leaf.split(".")[1]) * 0.25
@@ -110,7 +108,7 @@ def test_each_block_follows_its_own_rule_and_what_stands_outside_follows_none():
 
 
 def test_normal_draws_every_matrix_alike_before_the_depth_rule():
-    plan = init_plan(Plain("span", "1/sqrt(L)"), base_init="normal", initializer_range=0.03)
+    plan = init_plan(Plain("span", "1/sqrt(L)"), width=WIDTH, base_init="normal", initializer_range=0.03)
     for name, draw in plan.items():
         halved = "o_proj.weight" in name or "down_proj" in name
         constant = draw.role in ("norm", "bias")
@@ -120,7 +118,7 @@ def test_normal_draws_every_matrix_alike_before_the_depth_rule():
 @pytest.mark.parametrize(("placement", "rule"), ARMS)
 def test_arms_share_a_body_and_differ_by_std_alone(placement, rule):
     reference, arm = drawn("pre", "none"), drawn(placement, rule)
-    plans = init_plan(reference), init_plan(arm)
+    plans = init_plan(reference, width=WIDTH), init_plan(arm, width=WIDTH)
     others = dict(arm.named_parameters())
     common = [(n, p) for n, p in reference.named_parameters() if n in others]
     assert len(common) >= 2 + 7 * DEPTH
@@ -154,7 +152,7 @@ def test_two_tensors_of_one_model_are_unrelated():
 
 def test_the_global_generator_has_no_say_and_is_left_alone():
     model = Plain()
-    plan = init_plan(model)
+    plan = init_plan(model, width=WIDTH)
     torch.manual_seed(1)
     init_weights_(model, plan)
     first = values(model)
@@ -168,11 +166,11 @@ def test_the_global_generator_has_no_say_and_is_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_dtype_of_a_parameter_rounds_the_draw_and_does_not_change_it(dtype):
     wide, model = drawn("span", "1/L"), Plain("span", "1/L").to(dtype)
-    init_weights_(model, init_plan(model))
+    init_weights_(model, init_plan(model, width=WIDTH))
     for name, parameter in model.named_parameters():
         assert parameter.dtype == dtype
         assert torch.equal(parameter, wide.get_parameter(name).to(dtype))
-    assert not init_receipt(model, init_plan(model)).mismatches
+    assert not init_receipt(model, init_plan(model, width=WIDTH)).mismatches
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -182,7 +180,7 @@ def test_the_default_dtype_has_no_say_in_the_draw(dtype):
     model = Plain()
     torch.set_default_dtype(dtype)
     try:
-        init_weights_(model, init_plan(model))
+        init_weights_(model, init_plan(model, width=WIDTH))
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(wanted[n], p) for n, p in model.named_parameters())
@@ -199,7 +197,7 @@ def test_the_default_device_has_no_say_in_the_draw():
 def test_a_model_built_on_meta_device_is_planned_there_and_drawn_as_any_other():
     with torch.device("meta"):
         model = Plain("span", "layerscale")
-    plan = init_plan(model)
+    plan = init_plan(model, width=WIDTH)
     with pytest.raises(InputError, match=r"embed_tokens.weight is on meta device.*to_empty and init_weights_"):
         init_receipt(model, plan)
     model.to_empty(device="cpu")
@@ -211,7 +209,7 @@ def test_a_model_built_on_meta_device_is_planned_there_and_drawn_as_any_other():
 def test_a_prefix_is_taken_off_before_a_name_seeds():
     body, whole = drawn(), nn.Module()
     whole.model = Plain()
-    init_weights_(whole, init_plan(whole), prefix="model.")
+    init_weights_(whole, init_plan(whole, width=WIDTH), prefix="model.")
     assert all(torch.equal(p, whole.get_parameter(f"model.{n}")) for n, p in body.named_parameters())
 
 
@@ -219,7 +217,7 @@ def test_what_the_plan_does_not_name_is_left_alone():
     model = drawn(seed=1)
     before = values(model)
     name = "layers.1.mlp.up_proj.weight"
-    init_weights_(model, {name: init_plan(model)[name]}, seed=2)
+    init_weights_(model, {name: init_plan(model, width=WIDTH)[name]}, seed=2)
     assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == [name]
 
 
@@ -265,7 +263,7 @@ MUTATIONS = [mutate_scale, mutate_depth, mutate_mean, mutate_norm, mutate_one_ga
 @pytest.mark.parametrize("mutate", MUTATIONS)
 def test_the_receipt_names_exactly_the_tensor_that_is_wrong(mutate):
     model = drawn("span", "1/sqrt(L)")
-    plan = init_plan(model)
+    plan = init_plan(model, width=WIDTH)
     assert not init_receipt(model, plan).mismatches
     wrong = mutate(model)
     receipt = init_receipt(model, plan)
@@ -277,7 +275,7 @@ def test_the_receipt_names_exactly_the_tensor_that_is_wrong(mutate):
 
 def test_the_receipt_has_a_row_for_every_tensor():
     model = drawn()
-    receipt = init_receipt(model, init_plan(model))
+    receipt = init_receipt(model, init_plan(model, width=WIDTH))
     assert [(r.name, r.shape) for r in receipt.rows] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     assert str(receipt).endswith(f"{len(receipt.rows)} tensors, no mismatches")
     row = next(r for r in receipt.rows if r.name == "layers.0.mlp.down_proj.weight")
@@ -290,11 +288,10 @@ def test_a_parameter_without_a_role_is_refused():
     model = Plain()
     model.adapter = nn.Linear(WIDTH, WIDTH)
     with pytest.raises(InputError, match=r"no role is known for the parameter 'adapter.weight'.*q_proj"):
-        init_plan(model)
+        init_plan(model, width=WIDTH)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("placement", "rule"), ARMS)
+@pytest.mark.parametrize(("placement", "rule", "tied"), TIED_ARMS)
 def test_the_optimizer_gets_every_parameter_once_with_the_rate_and_decay_of_its_role(placement, rule, tied):
     model = Plain(placement, rule, "layernorm", tied)
     got: dict[int, tuple[float, float]] = {}

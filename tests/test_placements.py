@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from arms import ARMS, DEFAULT_RULE, NO_FINAL_NORM, TWO_STREAMS
 from torch import Tensor
 
 from spannorm.errors import InputError
@@ -92,6 +93,12 @@ def new(name: str, rule: str | None = None, layer_idx: int = 1, norm: str = "rms
     return placement.double()
 
 
+def stream(name: str) -> Tensor:
+    """What a middle block reads."""
+    streams = (2,) if name in TWO_STREAMS else ()
+    return torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+
+
 def compare(placement: Placement, reference: Reference, expected: Tensor) -> None:
     """Outputs and the gradient of every tensor agree, and the placement has no parameter the equation lacks."""
     own = dict(placement.named_parameters())
@@ -164,27 +171,48 @@ def test_sublayers_are_opaque_and_called_once_each_attention_first(name):
 
         return call
 
-    new(name)(torch.randn(2, 3, WIDTH, dtype=F64), sublayer("attn"), sublayer("ffn"))
+    new(name)(stream(name), sublayer("attn"), sublayer("ffn"))
     assert calls == ["attn", "ffn"]
 
 
-@pytest.mark.parametrize(
-    ("name", "rule", "final_norm"),
-    [("pre", "1/sqrt(2L)", True), ("post", "none", False), ("span", "1/sqrt(L)", False)],
-)
-def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name, rule, final_norm):
-    placement = new(name)
-    assert placement.rule.name == rule
-    assert placement.final_norm is final_norm
-    assert placement.embedding_norm is False
-    assert placement.inner_norms == frozenset()
+# What each method's authors give it besides the equation; what is absent has none, and plain N(0, 0.02²).
+INNER = {
+    "olmo2": {"q": "width", "k": "width"},
+    "hybrid": {"q": "head", "k": "head", "v": "head"},
+    "hybrid_star": {"q": "head", "k": "head", "v": "head"},
+    "subln": {"attn_out": "width", "ffn_down": "width"},
+    "normformer": {"head_scale": "head", "ffn_down": "width"},
+}
+BASE = {"span": "fan_in", "olmo2": "normal_cut", "hybrid": "megatron", "hybrid_star": "megatron"}
+BASE |= dict.fromkeys(("post", "deepnorm", "subln", "residual"), "xavier")
 
 
-@pytest.mark.parametrize("rule", depth_rule_names())
 @pytest.mark.parametrize("name", PLACEMENTS)
+def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
+    placement = new(name, layer_idx=DEPTH - 1)
+    assert placement.rule.name == DEFAULT_RULE[name]
+    assert placement.final_norm is (name not in NO_FINAL_NORM)
+    assert placement.embedding_norm is False
+    assert dict(placement.inner_norms) == INNER.get(name, {})
+    assert placement.recommended_base_init == BASE.get(name, "normal")
+
+
+# The norms of a middle block where they are not the two of the parents.
+NORMS = {
+    "peri": ("attn_norm", "attn_output_norm", "ffn_norm", "ffn_output_norm"),
+    "normformer": ("attn_norm", "attn_output_norm", "ffn_norm"),
+    "hybrid": ("ffn_norm",),
+    "hybrid_star": ("ffn_norm",),
+    "keel": ("attn_norm", "attn_outer_norm", "ffn_norm", "ffn_outer_norm"),
+    "siamese": ("attn_norm", "attn_x_norm", "attn_y_norm", "ffn_norm", "ffn_x_norm", "ffn_y_norm"),
+}
+
+
+@pytest.mark.parametrize(("name", "rule"), ARMS)
 def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(name, rule):
     placement = new(name, rule, layer_idx=1, norm="layernorm")
-    expected = {f"{n}.{p}" for n in ("attn_norm", "ffn_norm") for p in ("weight", "bias")}
+    norms = NORMS.get(name, ("attn_norm", "ffn_norm"))
+    expected = {f"{n}.{p}" for n in norms for p in ("weight", "bias")}
     if rule in ("rezero", "layerscale"):
         expected |= {"attn_scale", "ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks
@@ -204,7 +232,7 @@ def test_a_placement_built_on_meta_device_computes_what_it_would_have_computed(n
         late = new(name, "1/L:forward")
     early = new(name, "1/L:forward")
     late.to_empty(device="cpu").load_state_dict(early.state_dict())
-    x = torch.randn(2, 3, WIDTH, dtype=F64)
+    x = stream(name)
     assert torch.equal(late(x, torch.tanh, torch.sin), early(x, torch.tanh, torch.sin))
 
 

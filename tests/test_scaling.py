@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spannorm.errors import InputError
-from spannorm.scaling import ROLES, base_std, depth_rule, depth_rule_names
+from spannorm.scaling import BASE_INITS, ROLES, base_std, cut_std, depth_rule, depth_rule_names
 
 # Written out a second time, by hand: the grammar's factors as exponent and multiple of L.
 FACTORS = {"1/sqrt(L)": (1, 0.5), "1/sqrt(2L)": (2, 0.5), "1/L": (1, 1.0)}
@@ -145,42 +145,82 @@ def test_a_model_without_blocks_is_refused(name, depth):
         depth_rule(name, depth)
 
 
-WEIGHTS = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down", "router", "head")
+WEIGHTS = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down", "router")
+sizes = st.integers(1, 10**6)
 
 
-@given(role=st.sampled_from(WEIGHTS), fan_in=st.integers(1, 10**6), tied=st.booleans())
-def test_fan_in_keeps_unit_variance_through_every_matrix(role, fan_in, tied):
-    assert base_std(role, fan_in, tied=tied) ** 2 * fan_in == pytest.approx(1.0, rel=1e-12)
+@given(role=st.sampled_from([*WEIGHTS, "head"]), fan_in=sizes, fan_out=sizes, width=sizes, tied=st.booleans())
+def test_fan_in_keeps_unit_variance_through_every_matrix(role, fan_in, fan_out, width, tied):
+    assert base_std(role, fan_in, fan_out, width=width, tied=tied) ** 2 * fan_in == pytest.approx(1.0, rel=1e-12)
 
 
-@given(width=st.integers(1, 10**6))
-def test_an_embedding_has_unit_variance_as_the_blocks_read_it(width):
-    assert base_std("embedding", width) == 1.0
+@given(role=st.sampled_from(WEIGHTS), fan_in=sizes, fan_out=sizes, width=sizes, tied=st.booleans())
+def test_xavier_stands_between_forward_and_backward(role, fan_in, fan_out, width, tied):
+    std = base_std(role, fan_in, fan_out, width=width, base_init="xavier", tied=tied)
+    assert std**2 * (fan_in + fan_out) / 2 == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("base_init", ["fan_in", "xavier"])
+@given(width=sizes)
+def test_an_embedding_has_unit_variance_as_the_blocks_read_it_and_so_has_a_logit(base_init, width):
+    def std(role: str, tied: bool) -> float:
+        return base_std(role, width, 32000, width=width, base_init=base_init, tied=tied)
+
+    assert std("embedding", False) == 1.0
     # Tied to the head it has the head's std and is multiplied by √d on input.
-    assert base_std("embedding", width, tied=True) * math.sqrt(width) == pytest.approx(1.0, rel=1e-12)
+    assert std("embedding", True) * math.sqrt(width) == pytest.approx(1.0, rel=1e-12)
+    assert std("head", False) * math.sqrt(width) == pytest.approx(1.0, rel=1e-12)
 
 
+@pytest.mark.parametrize("base_init", ["normal", "normal_cut"])
 @given(
-    role=st.sampled_from([*WEIGHTS, "embedding"]),
-    fan_in=st.integers(1, 10**6),
+    role=st.sampled_from([*WEIGHTS, "head", "embedding"]),
+    fan_in=sizes,
+    fan_out=sizes,
     tied=st.booleans(),
     std=st.floats(1e-4, 1.0),
 )
-def test_normal_has_one_std_for_every_weight(role, fan_in, tied, std):
-    assert base_std(role, fan_in, base_init="normal", initializer_range=std, tied=tied) == std
-    assert base_std(role, fan_in, base_init="normal", tied=tied) == 0.02
+def test_normal_has_one_std_for_every_weight(base_init, role, fan_in, fan_out, tied, std):
+    common = {"width": 7, "base_init": base_init, "tied": tied}
+    assert base_std(role, fan_in, fan_out, initializer_range=std, **common) == std
+    assert base_std(role, fan_in, fan_out, **common) == 0.02
 
 
-@pytest.mark.parametrize("base_init", ["fan_in", "normal"])
+@given(role=st.sampled_from([*WEIGHTS, "head", "embedding"]), fan_in=sizes, fan_out=sizes, width=sizes)
+def test_megatron_has_one_std_for_every_weight_and_it_follows_the_width(role, fan_in, fan_out, width):
+    std = base_std(role, fan_in, fan_out, width=width, base_init="megatron")
+    assert std**2 * 2.5 * width == pytest.approx(1.0, rel=1e-12)
+
+
+def test_megatron_at_width_2048_is_the_papers():
+    assert base_std("ffn_down", 8192, 2048, width=2048, base_init="megatron") == pytest.approx(0.0139754, abs=5e-8)
+
+
+@pytest.mark.parametrize("base_init", BASE_INITS)
 @pytest.mark.parametrize("role", ["norm", "bias", "gain"])
 def test_norms_biases_and_gains_are_not_drawn(role, base_init):
-    assert base_std(role, 64, base_init=base_init) == 0.0
+    assert base_std(role, 64, 64, width=64, base_init=base_init) == 0.0
 
 
 def test_every_role_has_a_base_std():
-    assert set(ROLES) == {*WEIGHTS, "embedding", "norm", "bias", "gain"}
+    assert set(ROLES) == {*WEIGHTS, "head", "embedding", "norm", "bias", "gain"}
 
 
 def test_an_unknown_base_init_is_refused():
     with pytest.raises(InputError, match="unknown base_init 'fanin': did you mean 'fan_in'"):
-        base_std("q", 64, base_init="fanin")
+        base_std("q", 64, 64, width=64, base_init="fanin")
+
+
+def test_which_base_inits_are_cut_and_where():
+    cuts = {name: cut for name, cut in BASE_INITS.items() if cut is not None}
+    assert cuts == {"normal_cut": 3.0, "megatron": 3.0}
+    assert set(BASE_INITS) - set(cuts) == {"fan_in", "normal", "xavier"}
+
+
+@pytest.mark.parametrize("cut", [0.5, 1.0, 2.0, 3.0, 6.0])
+def test_the_std_of_a_cut_normal_is_its_integral(cut):
+    n = 200_000  # midpoints: the error is far below 1e-9
+    z = [(i + 0.5) * cut / n for i in range(n)]
+    density = [math.exp(-x * x / 2) for x in z]
+    second = math.fsum(x * x * p for x, p in zip(z, density, strict=True)) / math.fsum(density)
+    assert cut_std(cut) == pytest.approx(math.sqrt(second), rel=1e-9)

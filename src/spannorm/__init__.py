@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from spannorm.errors import InputError
 from spannorm.init import init_plan, init_receipt, init_weights_, parameter_groups
 from spannorm.norms import LayerNorm, RMSNorm
-from spannorm.placements import PLACEMENTS, Placement, PostNorm, PreNorm, SpanNorm, build_placement
+from spannorm.placements import (
+    PLACEMENTS,
+    Placement,
+    PostNorm,
+    PreNorm,
+    SpanNorm,
+    build_placement,
+    register_placement,
+)
 from spannorm.scaling import depth_rule, depth_rule_names
 
 if TYPE_CHECKING:
@@ -42,6 +50,7 @@ __all__ = [
     "init_receipt",
     "init_weights_",
     "parameter_groups",
+    "register_placement",
 ]
 
 

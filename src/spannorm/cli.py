@@ -25,6 +25,11 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key, such as train.learning_rate=1e-3. Repeatable."),
 ]
 
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option("--import", metavar="FILE", help="A Python file of yours to run first: it may register placements."),
+]
+
 
 @app.command()
 def train(
@@ -37,6 +42,7 @@ def train(
             "--data", metavar="DIR", help="Folder of the tokens, for several runs to share; default DIR/data."
         ),
     ] = None,
+    imports: Imports = None,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Train one model. Run again with the same folder, it goes on from the last checkpoint."""
@@ -44,6 +50,7 @@ def train(
     from spannorm.train.run import train
     from spannorm.train.watch import train_and_show
 
+    run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
     result = (
@@ -54,15 +61,16 @@ def train(
 
 
 @app.command()
-def compare(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> None:
+def compare(recipe: RecipeFile, out: Out = None, overrides: Overrides = None, imports: Imports = None) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
     from spannorm.lab.compare import compare
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
+    run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
-    results = compare(loaded, folder)
+    results = compare(loaded, folder, imports=imports or ())
     print_results(results, folder)
     if not results["complete"]:
         sys.exit(1)
@@ -87,6 +95,41 @@ def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> No
     for name, split in tokens.splits.items():
         typer.echo(f"{name:10}  {split.tokens:>14,} tokens  {split.documents:>9,} documents")
     typer.echo(f"{tokens.directory}  sha256 {tokens.sha256[:16]}")
+
+
+@app.command()
+def placements(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One placement: draws its data flow.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON too.")
+    ] = None,
+    imports: Imports = None,
+) -> None:
+    """List the placements: equation, default depth rule, recommended base init, source."""
+    from dataclasses import asdict
+
+    from spannorm.files import write_json
+    from spannorm.lab.table import print_placements
+    from spannorm.placements.catalog import as_text, catalog, entry
+
+    run_files(imports)
+    entries = [entry(name)] if name else catalog()
+    if name:
+        typer.echo(as_text(entries[0]))
+    else:
+        print_placements(entries)
+    if json_file:
+        write_json(json_file, [asdict(e) for e in entries])
+
+
+def run_files(paths: list[Path] | None) -> None:
+    """Run the user's own files, which register placements."""
+    import runpy
+
+    for path in paths or ():
+        if not path.is_file():
+            raise InputError(f"--import takes a Python file; there is none at {path}.")
+        runpy.run_path(str(path))
 
 
 def main() -> None:

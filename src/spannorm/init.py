@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spannorm.errors import InputError
 from spannorm.placements import Placement
-from spannorm.scaling import DepthRule, Role, base_std, depth_rule
+from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std, depth_rule
 
 ROLE_OF_MODULE: dict[str, Role] = {
     "embed_tokens": "embedding",
@@ -29,7 +29,7 @@ ROLE_OF_MODULE: dict[str, Role] = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-ROLE_OF_PARAMETER: dict[str, Role] = {"attn_scale": "gain", "ffn_scale": "gain", "bias": "bias"}
+ROLE_OF_PARAMETER: dict[str, Role] = {"attn_scale": "gain", "ffn_scale": "gain", "head_scale": "norm", "bias": "bias"}
 
 NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "gain", "embedding"})
 
@@ -55,11 +55,17 @@ def role_of(name: str) -> Role:
 
 @dataclass(frozen=True)
 class Draw:
-    """A parameter's initial distribution: N(mean, std²), constant where std is 0."""
+    """A parameter's initial distribution: N(mean, σ²), drawn again beyond ±`cut`·σ, constant where σ is 0."""
 
     role: Role
     mean: float
-    std: float
+    sigma: float
+    cut: float | None = None
+
+    @property
+    def std(self) -> float:
+        """What the values' std should be."""
+        return self.sigma if self.cut is None else self.sigma * cut_std(self.cut)
 
 
 def _named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role, DepthRule]]:
@@ -76,18 +82,25 @@ def _placement(module: nn.Module) -> object:
 
 
 def init_plan(
-    model: nn.Module, *, base_init: str = "fan_in", initializer_range: float = 0.02, tied: bool = False
+    model: nn.Module,
+    *,
+    width: int,
+    base_init: str = "fan_in",
+    initializer_range: float = 0.02,
+    tied: bool = False,
 ) -> dict[str, Draw]:
-    """How every parameter is to be drawn: base std by role, times the depth rule's factor for that role.
+    """How every parameter is to be drawn: base σ by role, times the depth rule's factor for that role.
 
-    Works on meta device: only names and shapes are read.
+    Works on meta device: only names and shapes are read. Arguments are those of `spannorm.scaling.base_std`.
     """
     plan = {}
     for name, parameter, role, rule in _named_roles(model):
-        fan_in = parameter.shape[-1] if parameter.ndim else 1
-        std = base_std(role, fan_in, base_init=base_init, initializer_range=initializer_range, tied=tied)
+        fan_out, fan_in = parameter.shape[-2:] if parameter.ndim > 1 else (1, 1)
+        sigma = base_std(
+            role, fan_in, fan_out, width=width, base_init=base_init, initializer_range=initializer_range, tied=tied
+        )
         mean = {"norm": 1.0, "gain": rule.gain}.get(role, 0.0)
-        plan[name] = Draw(role, mean, std * rule.init.get(role, 1.0))
+        plan[name] = Draw(role, mean, sigma * rule.init.get(role, 1.0), BASE_INITS[base_init] if sigma else None)
     return plan
 
 
@@ -104,16 +117,20 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
         if name in plan:
             draw = plan[name]
             value = torch.full(parameter.shape, draw.mean, dtype=torch.float32, device="cpu")
-            if draw.std:
-                value += draw.std * standard_normal(parameter.shape, seed, name.removeprefix(prefix))
+            if draw.sigma:
+                value += draw.sigma * standard_normal(parameter.shape, seed, name.removeprefix(prefix), draw.cut)
             parameter.copy_(value)
 
 
-def standard_normal(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """N(0, 1) of a shape, fp32 on CPU, fixed by (seed, name) alone."""
+def standard_normal(shape: torch.Size, seed: int, name: str, cut: float | None = None) -> Tensor:
+    """N(0, 1) of a shape, fp32 on CPU, fixed by (seed, name) alone; values beyond ±cut are drawn again."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    draw = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    while cut is not None and (beyond := draw.abs() > cut).any():
+        again = torch.randn(int(beyond.sum()), generator=generator, dtype=torch.float32, device="cpu")
+        draw[beyond] = again
+    return draw
 
 
 @dataclass(frozen=True)

@@ -110,30 +110,58 @@ def depth_rule_names() -> list[str]:
     return ["none", *grammar, *_NAMED]
 
 
+BASE_INITS: Mapping[str, float | None] = {
+    "fan_in": None,
+    "normal": None,
+    "normal_cut": 3.0,
+    "megatron": 3.0,
+    "xavier": None,
+}
+"""Every base init, and at how many σ its draw is cut (None: not at all)."""
+
+
 def base_std(
     role: Role,
     fan_in: int,
+    fan_out: int,
     *,
+    width: int,
     base_init: str = "fan_in",
     initializer_range: float = 0.02,
     tied: bool = False,
 ) -> float:
-    """The std of a parameter before any depth rule: one table, role → std.
+    """The σ of a parameter before any depth rule: one table, role → σ.
 
-    | role | `fan_in` (ours) | `normal` |
-    |---|---|---|
-    | body matrices, router, head | fan_in^-1/2 | `initializer_range` |
-    | embedding | 1; tied to the head: fan_in^-1/2, times √d on input | `initializer_range` |
-    | norm, bias, learned gain | 0: they start constant | 0 |
+    | role | `fan_in` (ours) | `xavier` | `normal`, `normal_cut` | `megatron` |
+    |---|---|---|---|---|
+    | body matrices, router | fan_in^-1/2 | √(2/(fan_in + fan_out)) | `initializer_range` | (2.5 d)^-1/2 |
+    | head | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
+    | embedding | 1 | 1 | `initializer_range` | (2.5 d)^-1/2 |
+    | embedding tied to the head (then times √d on input) | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
+    | norm, bias, learned gain | 0: constant | 0 | 0 | 0 |
 
     Args:
         fan_in: the length of what a row is multiplied with; for embedding and head the width d.
+        fan_out: the number of rows.
+        width: d, the model's hidden size.
         tied: whether embedding and head share one matrix.
     """
+    if base_init not in BASE_INITS:
+        raise unknown("base_init", base_init, BASE_INITS)
     if role in ("norm", "bias", "gain"):
         return 0.0
-    if base_init == "normal":
+    if base_init in ("normal", "normal_cut"):
         return initializer_range
-    if base_init != "fan_in":
-        raise unknown("base_init", base_init, ["fan_in", "normal"])
-    return 1.0 if role == "embedding" and not tied else fan_in**-0.5
+    if base_init == "megatron":
+        return (2.5 * width) ** -0.5
+    if role == "embedding":
+        return width**-0.5 if tied else 1.0
+    if base_init == "xavier" and role != "head":
+        return (2 / (fan_in + fan_out)) ** 0.5
+    return fan_in**-0.5
+
+
+def cut_std(cut: float) -> float:
+    """The std of a standard normal that is drawn again until it lies within ±cut."""
+    inside = math.erf(cut / 2**0.5)
+    return (1 - 2 * cut * math.exp(-cut * cut / 2) / (2 * math.pi) ** 0.5 / inside) ** 0.5

@@ -8,10 +8,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     Stream = Tensor
+    State = Tensor
 else:
     try:
         from jaxtyping import Float
 
         Stream = Float[Tensor, "batch seq *streams hidden"]
+        State = Float[Tensor, "batch seq *opened hidden"]  # where streams are opened or closed on the way
     except ImportError:  # needed to check shapes, not to run
-        Stream = Tensor
+        Stream = State = Tensor

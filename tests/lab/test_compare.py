@@ -146,6 +146,14 @@ def test_jobs_are_arms_times_grid(recipe: Recipe) -> None:
     assert len({job.name for job in jobs}) == 18 and not any(os.sep in job.name for job in jobs)
 
 
+def test_a_run_that_stands_in_two_tables_is_one_job(recipe: Recipe) -> None:
+    arms = [{"table": t, "model.placement": p} for t in ("common body", "own recipe") for p in ("pre", "span")]
+    arms.append({"table": "own recipe", "model.placement": "pre", "model.base_init": "normal"})
+    jobs = jobs_of(replace(recipe, compare=CompareRecipe(arms=tuple(arms))))
+    assert [job.tables for job in jobs] == [("common body", "own recipe")] * 2 + [("own recipe",)]
+    assert all("table" not in job.overrides for job in jobs)
+
+
 @pytest.mark.parametrize(
     ("arms", "words"),
     [

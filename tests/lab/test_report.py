@@ -318,3 +318,16 @@ def test_five_hundred_jobs(tmp_path):
 def test_more_arms_than_can_be_told_apart_stay_in_the_table(tmp_path):
     page = draw(tmp_path, [arm("span", f"rule{i:02d}", val_loss=1.8 + i / 100) for i in range(50)])
     assert len(rows(page)) == 50 and "2 more are in the table only" in page.words
+
+
+def test_two_tables_each_have_their_arms_and_figures_and_may_share_a_run(tmp_path):
+    both = ["common body", "own recipe"]
+    arms = [arm("span", tables=both), arm("pre", tables=["common body"], val_loss=1.8), arm("keel", tables=both[1:])]
+    page = draw(tmp_path, arms)
+    common, own = page.words.split("Common body")[1].split("Own recipe")
+    assert "span none" in common and "pre none" in common and "keel none" not in common
+    assert "span none" in own and "keel none" in own and "pre none" not in own
+    assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} == {
+        f"{table}_{figure}" for table in ("common_body", "own_recipe") for figure in FIGURES
+    }
+    assert len(page.ids) == len(set(page.ids)), "what one figure calls its own is not another's"

@@ -6,14 +6,11 @@ import json
 import math
 
 import pytest
+from arms import ARMS, DEFAULT_RULE
 from transformers import AutoConfig
 
 from spannorm.errors import InputError
 from spannorm.models import SpanNormConfig
-from spannorm.placements import PLACEMENTS
-from spannorm.scaling import depth_rule_names
-
-DEFAULT_RULE = {"pre": "1/sqrt(2L)", "post": "none", "span": "1/sqrt(L)"}
 
 
 @pytest.mark.parametrize(("placement", "rule"), DEFAULT_RULE.items())
@@ -31,7 +28,10 @@ def test_the_default_is_spannorm_as_we_read_the_paper(tiny_config):
 
 @pytest.mark.parametrize(
     ("tied", "base_init", "multiplier"),
-    [(True, "fan_in", 4.0), (False, "fan_in", 1.0), (True, "normal", 1.0), (False, "normal", 1.0)],
+    [
+        *((tied, base, 4.0 if tied else 1.0) for tied in (True, False) for base in ("fan_in", "xavier")),
+        *((tied, base, 1.0) for tied in (True, False) for base in ("normal", "normal_cut", "megatron")),
+    ],
 )
 def test_a_tied_embedding_is_multiplied_to_unit_variance(tiny_config, tied, base_init, multiplier):
     config = tiny_config(tie_word_embeddings=tied, base_init=base_init)
@@ -39,8 +39,7 @@ def test_a_tied_embedding_is_multiplied_to_unit_variance(tiny_config, tied, base
     assert tiny_config(tie_word_embeddings=tied, embedding_multiplier=3.0).embedding_multiplier == 3.0
 
 
-@pytest.mark.parametrize("rule", depth_rule_names())
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "rule"), ARMS)
 def test_a_configuration_comes_back_from_its_file_as_it_was(tiny_config, tmp_path, placement, rule):
     config = tiny_config(placement=placement, depth_rule=rule, tie_word_embeddings=True, qk_norm=True, norm="layernorm")
     config.save_pretrained(tmp_path)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from arms import DEFAULT_RULE, FULL
 from transformers import DynamicCache
 
 from spannorm.models import SpanNormForCausalLM
-from spannorm.placements import PLACEMENTS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
-@pytest.fixture(params=[(p, r) for p in PLACEMENTS for r in ("1/sqrt(L)", "1/sqrt(L):forward", "layerscale")])
+RULES = {p: ("1/sqrt(L)", "1/sqrt(L):forward", "layerscale") if p in FULL else (r,) for p, r in DEFAULT_RULE.items()}
+
+
+@pytest.fixture(params=[(placement, rule) for placement, rules in RULES.items() for rule in rules])
 def model(tiny_config, request):
     placement, rule = request.param
     config = tiny_config(placement=placement, depth_rule=rule, qk_norm=True, tie_word_embeddings=True, pad_token_id=0)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from arms import ARMS, NO_FINAL_NORM
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
 
 from spannorm.models import SpanNormForCausalLM, SpanNormModel
 from spannorm.placements import PLACEMENTS
-from spannorm.scaling import depth_rule_names
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 placements = pytest.mark.parametrize("placement", PLACEMENTS)
@@ -105,26 +105,37 @@ def test_no_token_sees_a_later_one(tiny_config, placement, qk_norm):
         assert (reach[0, : t + 1].abs().amax(-1) > 0).all()
 
 
+# Under ReZero: the norms that stand on a stream, and not inside a branch that is multiplied by 0.
+ON_THE_STREAM = {
+    "post": ("attn_norm", "ffn_norm"),
+    "deepnorm": ("attn_norm", "ffn_norm"),
+    "span": ("ffn_norm",),
+    "hybrid": ("ffn_norm",),
+    "hybrid_star": ("ffn_norm",),
+    "residual": ("attn_norm", "ffn_norm", "readout_norm"),
+    "siamese": ("attn_x_norm", "ffn_x_norm", "readout_norm"),
+    "keel": ("attn_outer_norm", "ffn_outer_norm"),
+}
+
+
 def silent_at_start(placement: str, rule: str, name: str) -> bool:
     """Whether a parameter can have no gradient yet, because a gain of 0 stands behind it.
 
-    ReZero's branches are multiplied by 0: nothing inside one is felt, though the gain itself is. In PreNorm both
-    norms stand inside the branches. In PostNorm they stand on the stream. In SpanNorm all that attention does, its
-    norm and its gain included, reaches the block's output through the FFN branch alone: only the FFN's gain and
-    the norm behind it are felt.
+    ReZero's branches are multiplied by 0: nothing inside one is felt, though the gain itself is. In PreNorm and its
+    kin all norms stand inside the branches. In PostNorm they stand on the stream. In SpanNorm all that attention
+    does, its norm and its gain included, reaches the block's output through the FFN branch alone: only the FFN's gain
+    and the norm behind it are felt.
     """
     if rule != "rezero" or "layers" not in name:
         return False
-    felt = {
-        "pre": ("attn_scale", "ffn_scale"),
-        "post": ("attn_scale", "ffn_scale", "attn_norm.weight", "ffn_norm.weight"),
-        "span": ("ffn_scale", "ffn_norm.weight"),
-    }
-    return not name.endswith(felt[placement])
+    gains = ("ffn_scale",) if placement == "span" else ("attn_scale", "ffn_scale")
+    norms = ON_THE_STREAM.get(placement, ())
+    if placement == "hybrid_star" and "layers.0." in name:
+        norms = ()  # PreNorm's block
+    return not name.endswith((*gains, *(f"placement.{norm}.weight" for norm in norms)))
 
 
-@placements
-@pytest.mark.parametrize("rule", depth_rule_names())
+@pytest.mark.parametrize(("placement", "rule"), ARMS)
 def test_every_parameter_has_a_gradient_unless_a_gain_of_zero_stands_behind_it(tiny_config, placement, rule):
     config = tiny_config(placement=placement, depth_rule=rule, qk_norm=True, norm="layernorm")
     model, x = SpanNormForCausalLM(config).double(), ids()
@@ -199,7 +210,7 @@ def test_the_norms_at_the_ends_are_there_if_the_placement_says_so(tiny_config, p
     options = {"placement_options": {"initial_norm": initial_norm}} if initial_norm else {}
     model = SpanNormModel(tiny_config(placement=placement, norm=norm, rms_norm_eps=1e-4, **options))
     leaves = ("weight", "bias") if norm == "layernorm" else ("weight",)
-    expected = {f"norm.{leaf}" for leaf in leaves if placement == "pre"}
+    expected = {f"norm.{leaf}" for leaf in leaves if placement not in NO_FINAL_NORM}
     expected |= {f"embedding_norm.{leaf}" for leaf in leaves if initial_norm == "embedding"}
     ends = {name for name in model.state_dict() if name.startswith(("norm.", "embedding_norm."))}
     assert ends == expected
@@ -213,9 +224,9 @@ def test_qk_norm_normalizes_each_heads_queries_and_keys(tiny_config):
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     for name, heads in (("q_proj", 4), ("k_proj", 2)):
         projection = getattr(attention, name)
-        nn.init.normal_(projection.norm.weight)
+        nn.init.normal_(projection.output_norm.weight)
         raw = (x @ projection.weight.T).view(2, 5, heads, 4)
-        normed = raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * projection.norm.weight
+        normed = raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * projection.output_norm.weight
         torch.testing.assert_close(projection(x), normed.reshape(2, 5, heads * 4), **EXACT)
     assert type(attention.v_proj) is nn.Linear
 

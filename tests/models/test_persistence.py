@@ -8,12 +8,11 @@ import sys
 
 import pytest
 import torch
+from arms import TIED_ARMS
 from transformers import AutoModel, AutoModelForCausalLM
 
 from spannorm.errors import InputError
 from spannorm.models import SpanNormForCausalLM, SpanNormModel
-from spannorm.placements import PLACEMENTS
-from spannorm.scaling import depth_rule_names
 
 IDS = torch.arange(8).unsqueeze(0)
 
@@ -27,9 +26,7 @@ def trained(config) -> SpanNormForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rule", depth_rule_names())
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "rule", "tied"), TIED_ARMS)
 def test_a_saved_model_comes_back_exactly_through_the_auto_class(tiny_config, tmp_path, placement, rule, tied):
     config = tiny_config(placement=placement, depth_rule=rule, tie_word_embeddings=tied, qk_norm=True)
     model = trained(config)

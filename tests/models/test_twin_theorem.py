@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from arms import FULL
+from torch import Tensor, nn
 
 from spannorm.init import parameter_groups
 from spannorm.models import SpanNormForCausalLM
@@ -41,8 +42,16 @@ def train(model: SpanNormForCausalLM, grouped: bool = True) -> tuple[Tensor, Ten
         return torch.stack(losses), model(torch.arange(12).unsqueeze(0)).logits
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("rule", FACTOR)
+# A norm between the output matrix and the skip undoes a factor on the matrix: there, and only there, it is no twin.
+NORMED_OUTPUT = ("peri", "olmo2", "normformer")
+TWINS = [(p, rule) for p in PLACEMENTS for rule in (FACTOR if p in FULL else ["1/sqrt(2L)"])]
+
+
+@pytest.mark.filterwarnings("ignore:LayerNormScaling with depth rule '1/sqrt")
+@pytest.mark.parametrize(
+    ("placement", "rule"),
+    [*(t for t in TWINS if t[0] not in NORMED_OUTPUT), ("normformer", "1/sqrt(L):ffn")],
+)
 def test_forward_and_init_with_learning_rate_are_the_same_function(tiny_config, placement, rule):
     forward, twin = (
         SpanNormForCausalLM(tiny_config(placement=placement, num_hidden_layers=DEPTH, depth_rule=rule + where)).double()
@@ -50,7 +59,8 @@ def test_forward_and_init_with_learning_rate_are_the_same_function(tiny_config, 
     )
 
     def c(name: str) -> float:
-        return FACTOR[rule] if "down_proj" in name or ("o_proj" in name and ":ffn" not in rule) else 1.0
+        outputs = ("down_proj.weight",) if ":ffn" in rule else ("down_proj.weight", "o_proj.weight")
+        return FACTOR[rule] if name.endswith(outputs) else 1.0
 
     for name, weight in forward.named_parameters():
         torch.testing.assert_close(twin.get_parameter(name), c(name) * weight, rtol=1e-6, atol=0)
@@ -64,6 +74,28 @@ def test_forward_and_init_with_learning_rate_are_the_same_function(tiny_config, 
     torch.testing.assert_close(twin_logits, logits, rtol=1e-9, atol=1e-9)
     for name, weight in forward.named_parameters():
         torch.testing.assert_close(twin.get_parameter(name), c(name) * weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("placement", NORMED_OUTPUT)
+def test_a_norm_on_the_branchs_output_undoes_the_init_factor_and_keeps_the_forward_one(tiny_config, placement):
+    tokens, stream = torch.arange(12).unsqueeze(0), torch.randn(1, 12, 16, dtype=torch.float64)
+    moved = {}
+    for rule in ("none", "1/L", "1/L:forward"):
+        model = SpanNormForCausalLM(tiny_config(placement=placement, depth_rule=rule)).double().eval().model
+        layer, rope = model.layers[1], model.rotary_emb(stream, tokens)
+        for module in layer.placement.children():
+            module.eps = 0.0  # so that the factor is undone to the last digit
+        if placement != "normformer":  # silence the FFN's branch: here by its gain, there by what it returns
+            nn.init.zeros_(getattr(layer.placement, "ffn_output_norm", layer.placement.ffn_norm).weight)
+
+        def attn(y: Tensor, layer=layer, rope=rope) -> Tensor:
+            return layer.self_attn(hidden_states=y, position_embeddings=rope, attention_mask=None)[0]
+
+        with torch.no_grad():
+            moved[rule] = layer.placement(stream, attn, torch.zeros_like if placement == "normformer" else torch.tanh)
+            moved[rule] -= stream
+    torch.testing.assert_close(moved["1/L"], moved["none"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved["1/L:forward"], moved["none"] / 3, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", FACTOR)

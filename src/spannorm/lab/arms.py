@@ -16,6 +16,8 @@ from spannorm.errors import InputError
 
 Array = NDArray[np.float64]
 Job = dict[str, Any]
+Groups = dict[tuple[str, str], dict[float | None, list[Job]]]
+"""Jobs by arm (placement, variant), then by learning rate."""
 
 # Okabe and Ito's vermilion, blue and green for the three that every comparison is about; the rest keep apart
 # in lightness as well as in hue, and never fall below 3:1 on white.
@@ -144,6 +146,7 @@ def read_results(path: Path) -> dict[str, Any]:
         for key in ("reason", "seed", "learning_rate"):
             arm.setdefault(key, None)
         arm["overrides"] = arm.get("overrides") or {}
+        arm["tables"] = arm.get("tables") or [""]
     sections = ("recipe", "versions", "machine", "data")
     return {"name": str(results.get("name", path.parent.name)), "arms": arms} | {
         key: results[key] if isinstance(results.get(key), dict) else {} for key in sections
@@ -184,11 +187,11 @@ def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
     return Run(job["seed"], job["status"], job["reason"], val_loss, series("loss"), series("grad_norm"), ends)
 
 
-def group_jobs(jobs: Sequence[Job]) -> dict[tuple[str, str], dict[float | None, list[Job]]]:
+def group_jobs(jobs: Sequence[Job]) -> Groups:
     """Jobs by arm, then by learning rate. What else differs between arms joins the depth rule in the name."""
     extras = {key for job in jobs for key in job["overrides"]} - set(_ARM_KEYS)
     varied = [k for k in sorted(extras) if len({json.dumps(job["overrides"].get(k)) for job in jobs}) > 1]
-    groups: dict[tuple[str, str], dict[float | None, list[Job]]] = {}
+    groups: Groups = {}
     for job in sorted(jobs, key=lambda job: (job["learning_rate"] or 0, job["seed"] or 0)):
         parts = [f"{k.rpartition('.')[2]}={job['overrides'][k]}" for k in varied if k in job["overrides"]]
         key = (job["placement"], " ".join([job["depth_rule"], *parts]))

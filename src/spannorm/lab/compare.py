@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +49,8 @@ class Job:
     overrides: Mapping[str, Any]
     """How it differs from the recipe, by dotted key."""
     recipe: Recipe
+    tables: tuple[str, ...]
+    """The tables it stands in."""
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:
@@ -64,6 +66,7 @@ def jobs_of(recipe: Recipe) -> list[Job]:
     for arm in arms:
         for values in itertools.product(*grid.values()):
             overrides = {**arm, **dict(zip(grid, values, strict=True))}
+            table = str(overrides.pop("table", ""))
             raw = json.loads(json.dumps(run_recipe(recipe)))
             for key, value in overrides.items():
                 set_key(raw, key, value)
@@ -73,14 +76,18 @@ def jobs_of(recipe: Recipe) -> list[Job]:
             digest = hashlib.sha256(json.dumps(run_recipe(job_recipe), sort_keys=True).encode()).hexdigest()[:8]
             words = f"{config.placement}-{config.depth_rule}-lr{t.learning_rate:g}-seed{t.seed}"
             name = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-")) + f"-{digest}"
-            if name in jobs:
+            tables = jobs[name].tables if name in jobs else ()
+            if table in tables:
                 raise InputError(f"compare lists the same run twice: {overrides}.")
-            jobs[name] = Job(name, overrides, job_recipe)
+            jobs[name] = Job(name, overrides, job_recipe, (*tables, table))
     return list(jobs.values())
 
 
-def compare(recipe: Recipe, out: Path) -> dict[str, Any]:
+def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = ()) -> dict[str, Any]:
     """Run a comparison, or go on with it, and return what `results.json` holds.
+
+    Args:
+        imports: Python files that every job runs first, to register placements of the user's own.
 
     Several jobs run at once: one per GPU, or as many as the cores carry at `train.threads` each (0: one thread).
     A finished job is never run twice; an interrupted one goes on from its last checkpoint.
@@ -99,7 +106,7 @@ def compare(recipe: Recipe, out: Path) -> dict[str, Any]:
             model_config(job.recipe, tokens[job.recipe.data])
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
-        runner = _Runner(out, jobs, data)
+        runner = _Runner(out, jobs, data, imports)
         try:
             runner.run(
                 recipe.name, lambda: write_json(out / RESULTS, {**about, "complete": False, "arms": runner.arms()})
@@ -149,8 +156,8 @@ def _about(recipe: Recipe, tokens: TokenData) -> dict[str, Any]:
 class _Runner:
     """Keeps as many jobs going as there are places, and knows how each stands."""
 
-    def __init__(self, out: Path, jobs: list[Job], data: Mapping[DataRecipe, Path]) -> None:
-        self.out, self.jobs, self.data = out, jobs, data
+    def __init__(self, out: Path, jobs: list[Job], data: Mapping[DataRecipe, Path], imports: Sequence[Path]) -> None:
+        self.out, self.jobs, self.data, self.imports = out, jobs, data, imports
         self.rows = {job.name: Row.of(job.recipe, model_config(job.recipe)) for job in jobs}
         self._read: dict[str, int] = dict.fromkeys(self.rows, 0)
         self._free = _places(jobs[0].recipe.train.threads)
@@ -185,6 +192,7 @@ class _Runner:
         log = open(folder / "log.txt", "ab")  # noqa: SIM115 — closed when the job has ended
         command = [sys.executable, "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
         command += ["--data", str(self.data[job.recipe.data]), "--worker"]
+        command += [word for path in self.imports for word in ("--import", str(path))]
         # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
         process = subprocess.Popen(
             command,
@@ -238,6 +246,7 @@ class _Runner:
             path, row = self.out / "jobs" / job.name / RESULT, self.rows[job.name]
             known = {
                 "job": job.name,
+                "tables": list(job.tables),
                 "overrides": dict(job.overrides),
                 "placement": row.placement,
                 "depth_rule": row.depth_rule,

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spannorm.files import write_bytes, write_text, writing_to
 from spannorm.lab.arms import (
     Arm,
+    Groups,
     Job,
     Look,
     Rate,
@@ -56,6 +57,22 @@ class Row:
     failed: bool
 
 
+@dataclass(frozen=True)
+class Section:
+    """One table of a comparison with its figures."""
+
+    name: str
+    """Empty where a comparison has a single table."""
+    rows: list[Row]
+    """Each arm at its best learning rate."""
+    every: list[Row]
+    """All learning rates, where there are several."""
+    strip: Callable[[Row], dict[str, float] | None]
+    figures: list[tuple[Drawing, str]]
+    left_out: int
+    """Arms beyond what a figure can hold."""
+
+
 def draw_report(directory: Path) -> Path:
     """Draw the report of a comparison, as far as its jobs are, and return the path of `report.html`.
 
@@ -65,9 +82,39 @@ def draw_report(directory: Path) -> Path:
     directory = Path(directory)
     results = read_results(directory / "results.json")
     jobs: list[Job] = results["arms"]
+    unread: list[str] = []
+    tables = list(dict.fromkeys(table for job in jobs for table in job["tables"]))
+    sections = [_section(directory, table, [job for job in jobs if table in job["tables"]], unread) for table in tables]
+    groups = {(table, *key): rates for table in tables for key, rates in _in_table(jobs, table).items()}
+    environment = Environment(
+        loader=PackageLoader("spannorm.lab", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(number=_number, count=_count)
+    page = environment.get_template("report.html.jinja").render(
+        results=results,
+        about=_about(results, len(groups)),
+        behind=_behind(list(groups.values()), jobs),
+        sections=sections,
+        unread=list(dict.fromkeys(unread)),
+        probes=any((directory / "jobs" / job["job"] / "probes.jsonl").is_file() for job in jobs),
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
+        unigram=next(iter(values_of(jobs, "unigram_loss")), None),
+        criteria=CRITERIA,
+    )
+    path = directory / "report.html"
+    with writing_to(directory):
+        write_text(path, page)
+    return path
+
+
+def _in_table(jobs: Sequence[Job], table: str) -> Groups:
+    return group_jobs([job for job in jobs if table in job["tables"]])
+
+
+def _section(directory: Path, name: str, jobs: list[Job], unread: list[str]) -> Section:
     groups = group_jobs(jobs)
     look = looks(groups)
-    unread: list[str] = []
     rows, arms = [], []
     for (placement, variant), rates in groups.items():
         best = min(rates, key=lambda rate: rank(rates[rate]))
@@ -85,38 +132,24 @@ def draw_report(directory: Path) -> Path:
     arms.sort(key=lambda arm: orders[arm.placement, arm.variant])
     by_rate = {(*key, rate): rank(group) for key, rates in groups.items() for rate, group in rates.items()}
     rows.sort(key=lambda row: by_rate[row.placement, row.variant, row.learning_rate])
-    unigram = next(iter(values_of(jobs, "unigram_loss")), None)
 
     folder = directory / "figures"
     with writing_to(directory), matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A name in a script that DejaVu lacks is drawn as boxes in the PNG; the SVG and the table have it right.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         folder.mkdir(exist_ok=True)
-        drawings = draw(arms, unigram)
-        figures = [(drawing, _save(drawing, folder)) for drawing in drawings]
-    environment = Environment(
-        loader=PackageLoader("spannorm.lab", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(number=_number, count=_count, strip=_strip(rows))
-    page = environment.get_template("report.html.jinja").render(
-        results=results,
-        about=_about(results, arms),
-        behind=_behind(groups, jobs),
+        stem = re.sub(r"\W+", "_", name)
+        drawings = draw(arms, next(iter(values_of(jobs, "unigram_loss")), None))
+        named = [replace(drawing, name=f"{stem}_{drawing.name}" if stem else drawing.name) for drawing in drawings]
+        figures = [(drawing, _save(drawing, folder)) for drawing in named]
+    return Section(
+        name=name,
         rows=[row for row in rows if row.drawn],
         every=rows if any(len(rates) > 1 for rates in groups.values()) else [],
+        strip=_strip(rows),
         figures=figures,
-        unread=unread,
         left_out=max(0, len(arms) - MAX_ARMS),
-        probes=any(run.probes for arm in arms for run in arm.runs),
-        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
-        unigram=unigram,
-        criteria=CRITERIA,
     )
-    path = directory / "report.html"
-    with writing_to(directory):
-        write_text(path, page)
-    return path
 
 
 def _row(
@@ -152,13 +185,13 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join("?" if value is None else str(value) for value in values)
 
 
-def _about(results: dict[str, Any], arms: Sequence[Arm]) -> str:
+def _about(results: dict[str, Any], arms: int) -> str:
     """What was compared, in a sentence, as far as the files say."""
     jobs, recipe = results["arms"], results["recipe"]
     model, train = recipe.get("model") or {}, recipe.get("train") or {}
     depths = sorted({int(depth) for depth in values_of(jobs, "depth")})
-    placements = {arm.placement for arm in arms}
-    text = f"{_plural(len(arms), 'arm')} of {_plural(len(placements), 'placement')}"
+    placements = {job["placement"] for job in jobs}
+    text = f"{_plural(arms, 'arm')} of {_plural(len(placements), 'placement')}"
     shape = [f"{' and '.join(map(str, depths))} blocks"] if depths else []
     shape += [f"width {model['hidden_size']}"] if model.get("hidden_size") else []
     text += f": a decoder of {', '.join(shape)}," if shape else ","
@@ -170,10 +203,10 @@ def _about(results: dict[str, Any], arms: Sequence[Arm]) -> str:
     return text + (f" on {corpus}." if corpus else ".")
 
 
-def _behind(groups: dict[tuple[str, str], dict[float | None, list[Job]]], jobs: Sequence[Job]) -> str:
+def _behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -> str:
     """What stands behind the figures: the number of seeds and rates, and what may be said with so many."""
-    seeds = sorted({len(group) for rates in groups.values() for group in rates.values()})
-    rates = sorted({len(rates) for rates in groups.values()})
+    seeds = sorted({len(group) for rates in arms for group in rates.values()})
+    rates = sorted({len(rates) for rates in arms})
     text = f"Each arm has {_span(seeds, 'seed')} and {_span(rates, 'learning rate')}"
     if seeds[0] < 3:
         text += ": a look, not a claim (three seeds make a look worth taking, five a claim)."

@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
+from spannorm.placements.catalog import Entry
 from spannorm.train.display import wide_console
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:
-    """Print the arms by validation loss, failures last, and where the report lies."""
+    """Print each table's arms by validation loss, failures last, and where the report lies."""
     console = console or wide_console()
-    table = Table(title=f"{results['name']}: validation loss in nats per token", title_justify="left", box=None)
-    for heading in ("placement", "depth rule"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("lr", "seed", "val loss", "bits/byte", "test loss", "max grad", "spikes", "tokens/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
-    for arm in sorted(results["arms"], key=by_loss):
-        table.add_row(
-            arm["placement"],
-            arm["depth_rule"],
-            f"{arm['learning_rate']:g}",
-            str(arm["seed"]),
-            _figure(arm.get("val_loss"), ".4f"),
-            _figure(arm.get("bits_per_byte"), ".3f"),
-            _figure(arm.get("test_loss"), ".4f"),
-            _figure(arm.get("max_grad_norm"), ".2f"),
-            _figure(arm.get("spikes"), "d"),
-            _figure(arm.get("tokens_per_second"), ",.0f"),
-            f"failed: {arm['reason']}" if arm["status"] == "failed" else arm["status"],
-            style="red" if arm["status"] == "failed" else "",
-        )
-    console.print(table)
+    for name in dict.fromkeys(table for arm in results["arms"] for table in arm["tables"]):
+        title = f"{results['name']}{', ' if name else ''}{name}: validation loss in nats per token"
+        table = Table(title=title, title_justify="left", box=None)
+        for heading in ("placement", "depth rule"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("lr", "seed", "val loss", "bits/byte", "test loss", "max grad", "spikes", "tokens/s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("")
+        groups = group_jobs([arm for arm in results["arms"] if name in arm["tables"]])
+        rows = [(arm, variant) for (_, variant), rates in groups.items() for group in rates.values() for arm in group]
+        for arm, variant in sorted(rows, key=lambda row: by_loss(row[0])):
+            table.add_row(
+                arm["placement"],
+                variant,
+                f"{arm['learning_rate']:g}",
+                str(arm["seed"]),
+                _figure(arm.get("val_loss"), ".4f"),
+                _figure(arm.get("bits_per_byte"), ".3f"),
+                _figure(arm.get("test_loss"), ".4f"),
+                _figure(arm.get("max_grad_norm"), ".2f"),
+                _figure(arm.get("spikes"), "d"),
+                _figure(arm.get("tokens_per_second"), ",.0f"),
+                f"failed: {arm['reason']}" if arm["status"] == "failed" else arm["status"],
+                style="red" if arm["status"] == "failed" else "",
+            )
+        console.print(table)
     console.print(f"results  {out / RESULTS}\nreport   {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_placements(entries: Sequence[Entry], console: Console | None = None) -> None:
+    """Print the catalog of placements, a line or two each."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True, style="bold")
+    for heading in ("equation", "default rule", "base init", "source"):
+        table.add_column(heading)
+    for e in entries:
+        source = re.sub(r"^.*?(arXiv \d+\.\d+(v\d+)?).*", r"\1", e.fields.get("Source", ""))
+        table.add_row(e.name, e.fields.get("Equation", "").replace("`", ""), e.depth_rule, e.base_init, source)
+    (console or wide_console()).print(table)
 
 
 def by_loss(arm: dict[str, Any]) -> tuple[bool, float]:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from spannorm.errors import InputError, unknown
 from spannorm.norms import NORMS
 from spannorm.placements import PLACEMENTS, Placement, build_placement
+from spannorm.scaling import BASE_INITS
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -24,11 +25,14 @@ class SpanNormConfig(LlamaConfig):
             resolved name.
         placement_options: the placement's own options, such as `{"initial_norm": "embedding"}` for `span`.
         norm: `rmsnorm` or `layernorm`.
-        qk_norm: RMSNorm on each head's queries and keys, before RoPE.
-        base_init: `fan_in` (body N(0, 1/fan_in), embedding std 1, head d^-1/2) or `normal` (`initializer_range`).
+        qk_norm: a norm on each head's queries and keys, before RoPE; a placement that norms them itself does so in
+            its own way, whatever this says.
+        base_init: a name of `spannorm.scaling.BASE_INITS`: `fan_in` (body N(0, 1/fan_in), embedding std 1, head
+            d^-1/2), `xavier`, `normal` (`initializer_range`), `normal_cut` (the same, cut at 3σ), `megatron`
+            (N(0, 1/(2.5 d)) cut at 3σ).
         init_seed: seeds every parameter's draw together with its name; `torch.manual_seed` has no say.
         embedding_multiplier: what the embedding is multiplied with on input. None becomes √d for tied embeddings
-            under `fan_in` (whose std is then d^-1/2), and 1 otherwise.
+            under `fan_in` and `xavier` (whose std is then d^-1/2), and 1 otherwise.
 
     Raises:
         InputError: sizes that do not divide, an unknown placement, rule, norm or base init.
@@ -53,11 +57,11 @@ class SpanNormConfig(LlamaConfig):
             raise unknown("placement", self.placement, PLACEMENTS)
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
-        if self.base_init not in ("fan_in", "normal"):
-            raise unknown("base_init", self.base_init, ["fan_in", "normal"])
+        if self.base_init not in BASE_INITS:
+            raise unknown("base_init", self.base_init, BASE_INITS)
         self.depth_rule = self.build_placement(0).rule.name
         if self.embedding_multiplier is None:
-            scaled = self.tie_word_embeddings and self.base_init == "fan_in"
+            scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier")
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
         super().__post_init__(**kwargs)
 

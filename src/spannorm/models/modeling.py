@@ -30,8 +30,8 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
         super().__init__()
         self.placement = config.build_placement(layer_idx)
-        self.self_attn = build_attention(config, layer_idx)
-        self.mlp = build_ffn(config)
+        self.self_attn = build_attention(config, layer_idx, self.placement.inner_norms)
+        self.mlp = build_ffn(config, self.placement.inner_norms)
 
     def forward(self, hidden_states: Stream, **kwargs: Any) -> Stream:
         def attn(x: Stream) -> Stream:
@@ -68,6 +68,7 @@ class SpanNormPreTrainedModel(PreTrainedModel):
         """How every parameter is to be drawn, by this model's configuration."""
         return init_plan(
             self,
+            width=self.config.hidden_size,
             base_init=self.config.base_init,
             initializer_range=self.config.initializer_range,
             tied=self.config.tie_word_embeddings,

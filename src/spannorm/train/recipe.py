@@ -86,7 +86,8 @@ class CompareRecipe:
     """What a comparison varies. Keys are the dotted keys of `--set`; any key of the recipe will do."""
 
     arms: tuple[Mapping[str, Any], ...] = ()
-    """One mapping per arm: how it differs from the recipe."""
+    """One mapping per arm: how it differs from the recipe, and under `table` the name of the table it stands in, where
+    a comparison has several. A run that stands in two is run once."""
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Every arm is run with every combination of these values."""
 

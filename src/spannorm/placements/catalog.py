@@ -1,0 +1,92 @@
+"""What each placement is, read from its own docstring: the one source of the command line's and the docs' words."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from inspect import getdoc
+
+from spannorm.placements import PLACEMENTS, build_placement, placement_options
+
+FIELDS = ("Equation", "Ends", "Init", "Source", "Our reading")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A placement in words."""
+
+    name: str
+    class_name: str
+    summary: str
+    diagram: str
+    fields: dict[str, str]
+    """`Equation`, `Ends`, `Init`, `Source`, `Our reading`; those the docstring has."""
+    depth_rule: str
+    """The default, resolved."""
+    base_init: str
+    """Recommended."""
+    options: tuple[str, ...]
+
+
+def catalog() -> list[Entry]:
+    """Every registered placement, in the registry's order."""
+    return [entry(name) for name in PLACEMENTS]
+
+
+def entry(name: str) -> Entry:
+    """One placement. Raises `InputError` for an unknown name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the last block of a deep stack: a mixed scheme shows what most of its blocks are
+        block = build_placement(name, hidden_size=2, layer_idx=7, num_layers=8)
+    doc = (getdoc(PLACEMENTS[name]) or "").partition("\nArgs:")[0]
+    parts = re.split(rf"^({'|'.join(FIELDS)}): ", doc, flags=re.MULTILINE)
+    head, fields = parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
+    summary, _, diagram = head.partition("\n\n")
+    return Entry(
+        name=name,
+        class_name=getattr(PLACEMENTS[name], "__name__", name),
+        summary=" ".join(summary.split()),
+        diagram="\n".join(line.removeprefix("    ") for line in diagram.rstrip().splitlines()),
+        fields={key: " ".join(text.split()) for key, text in fields.items()},
+        depth_rule=block.rule.name,
+        base_init=block.recommended_base_init,
+        options=tuple(placement_options(name)),
+    )
+
+
+def as_text(e: Entry) -> str:
+    """One placement for the terminal: summary, data flow, equation, ends, init, source."""
+    lines = [f"{e.name} ({e.class_name})", e.summary, "", e.diagram, ""]
+    lines += [f"{key}: {text.replace('`', '')}" for key, text in e.fields.items()]
+    lines += [f"Default depth rule: {e.depth_rule}. Recommended base init: {e.base_init}."]
+    lines += [f"Options: {', '.join(e.options)}."] if e.options else []
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The docs page of all placements."""
+    entries = catalog()
+    lines = [
+        "# Placements",
+        "",
+        "Generated from the docstrings in `src/spannorm/placements/` by `make docs`.",
+        "",
+        "`N` is a norm with a learned gain, `A` attention, `F` the feed-forward, `x` the block's input, `h` what "
+        "stands between the sublayers, `x'` the block's output, `L` the number of blocks, `b` the block's index from "
+        "0. `c` is the factor of a `:forward` [depth rule](depth_rules.md), or its learned gain; without one it is 1. "
+        "Any depth rule runs with any placement; a pair that the method's authors discourage warns, with reason and "
+        "source. `spannorm placements` prints this list, `spannorm placements NAME` one entry.",
+        "",
+        "| name | equation | default depth rule | recommended base init |",
+        "|---|---|---|---|",
+    ]
+    for e in entries:
+        equation = e.fields["Equation"].rstrip(".").replace("|", "\\|")
+        lines.append(f"| [`{e.name}`](#{e.name}) | {equation} | `{e.depth_rule}` | `{e.base_init}` |")
+    for e in entries:
+        lines += ["", f"## {e.name}", "", e.summary, "", "```", e.diagram, "```", ""]
+        lines += [f"- **{key}.** {text}" for key, text in e.fields.items()]
+        lines += [f"- **Options.** {', '.join(f'`{o}`' for o in e.options)}"] if e.options else []
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,93 @@
+"""Placements that normalize what a sublayer writes, before it is added."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from spannorm.norms import Norm, scaled_add
+from spannorm.placements.base import Placement, Sublayer
+from spannorm.shapes import Stream
+
+
+@final
+class PeriLN(Placement):
+    """PreNorm, except that each branch's output is normalized too (sandwich norm).
+
+        x ─┬─ N ─ A ─ N ─(+)─┬─ N ─ F ─ N ─(+)─ x'
+           └─────────────┘   └─────────────┘
+
+    Equation: `h = x + c·N(A(N(x)))`, `x' = h + c·N(F(N(h)))`.
+    Ends: a final norm; the embedding may be normalized too.
+    Init: N(0, 0.02²). An init factor on the outputs has no effect in the forward pass: the output norm undoes it.
+    Source: arXiv 2502.02732; Gemma 2 and 3.
+    Our reading: Gemma's embedding ×√d and gain 1+w are left to the model's configuration and to the gain itself.
+
+    Args:
+        embedding_norm: normalize the embedding once, before block 0.
+    """
+
+    final_norm = True
+    attn_output_norm: Norm
+    ffn_output_norm: Norm
+
+    def __init__(self, *, embedding_norm: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        self.embedding_norm = embedding_norm
+
+    def norms(self) -> tuple[str, ...]:
+        return "attn_norm", "attn_output_norm", "ffn_norm", "ffn_output_norm"
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        f = self.attn_output_norm(attn(self.attn_norm(x)))
+        n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
+        return scaled_add(h, self.ffn_output_norm(ffn(n)), branch=self.ffn_scale)
+
+
+@final
+class OLMo2Norm(Placement):
+    """Peri-LN without the input norms: normalize each branch's output only (reordered norm).
+
+        x ─┬─ A ─ N ─(+)─┬─ F ─ N ─(+)─ x'
+           └─────────┘   └─────────┘
+
+    Equation: `h = x + c·N(A(x))`, `x' = h + c·N(F(h))`.
+    Ends: a final norm; queries and keys are normalized over the whole projected width before the head split.
+    Init: N(0, 0.02²) cut at 3σ.
+    Source: OLMo 2, arXiv 2501.00656.
+    """
+
+    recommended_base_init = "normal_cut"
+    final_norm = True
+    inner_norms = {"q": "width", "k": "width"}  # noqa: RUF012
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        h = scaled_add(x, self.attn_norm(attn(x)), branch=self.attn_scale)
+        return scaled_add(h, self.ffn_norm(ffn(h)), branch=self.ffn_scale)
+
+
+@final
+class NormFormer(Placement):
+    """PreNorm, except that attention's output, its heads and the FFN's inner activation are normalized or scaled.
+
+        x ─┬─ N ─ heads ─ ×γ ─ out ─ N ─(+)─┬─ N ─ gate, up ─ N ─ down ─(+)─ x'
+           └────────────────────────────┘   └───────────────────────────┘
+
+    Equation: `h = x + c·N(A(N(x)))`, `x' = h + c·F(N(h))`; a gain γ = 1 per head before attention-out, `N` before
+    FFN-down.
+    Ends: a final norm.
+    Init: PreNorm's base, N(0, 0.02²).
+    Source: arXiv 2110.09456.
+    Our reading: in a gated FFN the inner norm reads the product of gate and up.
+    """
+
+    final_norm = True
+    inner_norms = {"head_scale": "head", "ffn_down": "width"}  # noqa: RUF012
+    attn_output_norm: Norm
+
+    def norms(self) -> tuple[str, ...]:
+        return "attn_norm", "attn_output_norm", "ffn_norm"
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        f = self.attn_output_norm(attn(self.attn_norm(x)))
+        n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
+        return scaled_add(h, ffn(n), branch=self.ffn_scale)

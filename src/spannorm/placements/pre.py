@@ -1,0 +1,114 @@
+"""Placements that normalize what a sublayer reads, and leave the stream as it is."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, final
+
+from spannorm.errors import InputError
+from spannorm.norms import scaled_add
+from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.post import PostNorm
+from spannorm.scaling import OUTPUTS, DepthRule
+from spannorm.shapes import Stream
+
+
+@final
+class PreNorm(Placement):
+    """Normalize what each sublayer reads; the stream itself is never normalized.
+
+        x ─┬─ N ─ A ─(+)─┬─ N ─ F ─(+)─ x'
+           └─────────┘   └─────────┘
+
+    Equation: `h = x + c·A(N(x))`, `x' = h + c·F(N(h))`.
+    Ends: a final norm before the head.
+    Init: GPT-2's N(0, 0.02²), attention-out and FFN-down ×1/√(2L).
+    Source: GPT-2 (Radford et al. 2019); Llama, arXiv 2302.13971.
+    """
+
+    default_depth_rule = "1/sqrt(2L)"
+    final_norm = True
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        n, h = self.ffn_norm(x, attn(self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
+        return scaled_add(h, ffn(n), branch=self.ffn_scale)
+
+
+@final
+class LayerNormScaling(Placement):
+    """PreNorm, except that what a sublayer reads shrinks with depth.
+
+        x ─┬─ N ─ ÷√l ─ A ─(+)─┬─ N ─ ÷√l ─ F ─(+)─ x'
+           └───────────────┘   └───────────────┘
+
+    Equation: `h = x + c·A(N(x)/√l)`, `x' = h + c·F(N(h)/√l)`, l = b+1.
+    Ends: a final norm, not scaled.
+    Init: plain N(0, 0.02²); the authors warn that a scaled output init undoes the method.
+    Source: arXiv 2502.05795.
+    """
+
+    final_norm = True
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        self.factor = (self.layer_idx + 1.0) ** -0.5
+
+    def discouraged(self, rule: DepthRule) -> str | None:
+        if any(rule.init.get(role, 1.0) != 1.0 for role in OUTPUTS.values()):
+            return "the authors warn that a scaled output init undoes LayerNorm Scaling (arXiv 2502.05795)."
+        return None
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        n, h = self.ffn_norm(x, attn(self.factor * self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
+        return scaled_add(h, ffn(self.factor * n), branch=self.ffn_scale)
+
+
+@final
+class SubLN(Placement):
+    """PreNorm, except that each sublayer also normalizes what its last projection reads.
+
+        x ─┬─ N ─ QKV ─ N ─ out ─(+)─┬─ N ─ gate, up ─ N ─ down ─(+)─ x'
+           └─────────────────────┘   └───────────────────────────┘
+
+    Equation: PreNorm's, with `N` before attention-out and before FFN-down.
+    Ends: a final norm.
+    Init: Xavier normal, V, attention-out and the FFN matrices × √ln(2L); not with DeepNorm's.
+    Source: Magneto, arXiv 2210.06423.
+    Our reading: √ln(2L) on a gated FFN's gate too; base init Xavier.
+    """
+
+    default_depth_rule = "subln"
+    recommended_base_init = "xavier"
+    final_norm = True
+    inner_norms = {"attn_out": "width", "ffn_down": "width"}  # noqa: RUF012
+
+    def discouraged(self, rule: DepthRule) -> str | None:
+        if rule.name == "deepnorm":
+            return "SubLN is not to be mixed with DeepNorm's init: it has its own, √ln(2L) (arXiv 2210.06423)."
+        return None
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        n, h = self.ffn_norm(x, attn(self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
+        return scaled_add(h, ffn(n), branch=self.ffn_scale)
+
+
+def mix_norm(*, post_fraction: float = 0.25, depth_rule: str | None = None, **common: Any) -> Placement:
+    """PostNorm in the lower blocks, PreNorm in the rest (Mix-LN): a list of placements, not one of its own.
+
+        blocks 0 … ⌊aL⌋−1:  PostNorm        blocks ⌊aL⌋ … L−1:  PreNorm
+
+    Equation: PostNorm's or PreNorm's.
+    Ends: a final norm.
+    Init: plain N(0, 0.02²); no depth rule, for either kind of block.
+    Source: arXiv 2412.13795; a = 0.25 up to 1 B parameters.
+
+    Args:
+        post_fraction: a, from 0 (PreNorm throughout) to 1 (PostNorm throughout, and then no final norm).
+    """
+    if not 0 <= post_fraction <= 1:
+        raise InputError(f"Mix-LN's post_fraction must lie in [0, 1]; got {post_fraction}.")
+    # exact: in floats 0.29 · 100 is 28.999…
+    lower = common["layer_idx"] < math.floor(Fraction(str(post_fraction)) * common["num_layers"])
+    cls: type[Placement] = PostNorm if lower else PreNorm
+    return cls(depth_rule="none" if depth_rule is None else depth_rule, **common)

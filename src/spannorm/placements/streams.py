@@ -1,0 +1,98 @@
+"""Placements with two residual streams, carried as one tensor (batch, seq, 2, hidden)."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+
+from spannorm.norms import Norm, Scale, scaled_add
+from spannorm.placements.base import Placement, Sublayer
+from spannorm.shapes import State, Stream
+
+
+@final
+class ResiDual(Placement):
+    """PostNorm, beside which a second stream collects every branch's output unnormalized.
+
+        d ────────(+)──────────────(+)─────── d'        readout: x + N(d)
+        x ─┬─ A ─┬─(+)─ N ─┬─ F ─┬─(+)─ N ─── x'
+           └───────┘       └───────┘
+
+    Equation: per sublayer `f = c·f(x)`, `d ← d + f`, `x ← N(x + f)`.
+    Ends: both streams start at the embedding; the last block reads out `x + N(d)`; no final norm besides.
+    Init: Xavier.
+    Source: arXiv 2304.14802.
+    """
+
+    recommended_base_init = "xavier"
+    final_norm = False
+    readout_norm: Norm
+
+    def norms(self) -> tuple[str, ...]:
+        return ("attn_norm", "ffn_norm", *(("readout_norm",) if self.is_last else ()))
+
+    def enter(self, x: Stream) -> State:
+        return torch.stack((x, x), dim=-2)
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        x, d = x.unbind(-2)
+        for f, norm, scale in ((attn, self.attn_norm, self.attn_scale), (ffn, self.ffn_norm, self.ffn_scale)):
+            o = f(x)
+            d = scaled_add(d, o, branch=scale)
+            x = norm(x, o, branch=scale)
+        return torch.stack((x, d), dim=-2)
+
+    def exit(self, x: Stream) -> State:
+        x, d = x.unbind(-2)
+        return x + self.readout_norm(d)
+
+
+@final
+class SiameseNorm(Placement):
+    """A normalized and an unnormalized stream that share every sublayer.
+
+        Y ──┬──────────────(+)── Y'
+            N               │            readout: X + N(Y)
+        X ─(+)─ N ─ f ──────┼ ÷√(l+1)
+         └────────────────(+)─ N ── X'
+
+    Equation: per sublayer `o = c·f(N_in(X + N_Y(Y)))`, `X ← N_X(X + o/√(l+1))`, `Y ← Y + o`.
+    Ends: both streams start at the embedding; the last block reads out `X + N(Y)`; no final norm besides.
+    Init: gains 1; N(0, 0.02²).
+    Source: arXiv 2602.08064v2.
+    Our reading: l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers of a block and
+    reads out `N(N(X) + N(Y))`; we follow the paper.
+    """
+
+    final_norm = False
+    readout_norm: Norm
+
+    def norms(self) -> tuple[str, ...]:
+        names = [f"{site}_{which}norm" for site in ("attn", "ffn") for which in ("", "x_", "y_")]
+        return (*names, *(("readout_norm",) if self.is_last else ()))
+
+    def enter(self, x: Stream) -> State:
+        return torch.stack((x, x), dim=-2)
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        streams = x.unbind(-2)
+        streams = self._sublayer(streams, attn, "attn", 2 * self.layer_idx, self.attn_scale)
+        streams = self._sublayer(streams, ffn, "ffn", 2 * self.layer_idx + 1, self.ffn_scale)
+        return torch.stack(streams, dim=-2)
+
+    def _sublayer(
+        self, streams: tuple[Stream, ...], f: Sublayer, site: str, index: int, scale: Scale
+    ) -> tuple[Stream, ...]:
+        x, y = streams
+        norm_in, norm_x, norm_y = (self._norm(f"{site}_{which}norm") for which in ("", "x_", "y_"))
+        o = f(norm_in(x, norm_y(y)))
+        return norm_x(x, o, branch=scale * (index + 1.0) ** -0.5), scaled_add(y, o, branch=scale)
+
+    def _norm(self, name: str) -> Norm:
+        norm: Any = self.get_submodule(name)
+        return norm
+
+    def exit(self, x: Stream) -> State:
+        x, y = x.unbind(-2)
+        return x + self.readout_norm(y)

@@ -1,0 +1,149 @@
+"""Every placement's equation, written from the papers with torch alone: nothing here knows the package.
+
+A reference reads a `Case`: the sublayers `A` and `F`, the norm `N(x, name)`, the branch factors `ca` and `cf`, the
+block index `b` and the depth `L`. It returns what the block hands on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+F64, EPS, WIDTH = torch.float64, 1e-3, 8
+
+
+class Case:
+    """One block's norms, gains and sublayers as plain tensors with gradients, made when they are first asked for."""
+
+    def __init__(self, norm: str, b: int, L: int, factors: tuple[float, float] | str) -> None:
+        self.norm, self.b, self.L = norm, b, L
+        self.leaves: dict[str, Tensor] = {}
+        self.ca: float | Tensor
+        self.cf: float | Tensor
+        if isinstance(factors, str):
+            shape = () if factors == "scalar" else (WIDTH,)
+            self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
+        else:
+            self.ca, self.cf = factors
+
+    def leaf(self, name: str, *shape: int) -> Tensor:
+        if name not in self.leaves:
+            self.leaves[name] = torch.randn(shape, dtype=F64, requires_grad=True)
+        return self.leaves[name]
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.leaf("mix", 3, 3) @ torch.tanh(x @ self.leaf("proj", WIDTH, WIDTH))
+
+    def F(self, x: Tensor) -> Tensor:
+        u = x @ self.leaf("up", WIDTH, 12)
+        return (u * torch.sigmoid(u)) @ self.leaf("down", 12, WIDTH)
+
+    def N(self, x: Tensor, name: str) -> Tensor:
+        weight = self.leaf(f"{name}.weight", WIDTH)
+        if self.norm == "layernorm":
+            x = x - x.mean(-1, keepdim=True)
+        unit = x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS)
+        return weight * unit + (self.leaf(f"{name}.bias", WIDTH) if self.norm == "layernorm" else 0.0)
+
+
+def pre(k: Case, x: Tensor) -> Tensor:
+    h = x + k.ca * k.A(k.N(x, "attn_norm"))
+    return h + k.cf * k.F(k.N(h, "ffn_norm"))
+
+
+def post(k: Case, x: Tensor) -> Tensor:
+    h = k.N(x + k.ca * k.A(x), "attn_norm")
+    return k.N(h + k.cf * k.F(h), "ffn_norm")
+
+
+def span(k: Case, x: Tensor) -> Tensor:
+    read = k.N(x, "initial_norm") if k.b == 0 else x
+    h = k.N(x + k.ca * k.A(read), "attn_norm")
+    return k.N(x + k.cf * k.F(h), "ffn_norm")
+
+
+def deepnorm(k: Case, x: Tensor) -> Tensor:
+    alpha = math.sqrt(math.sqrt(2 * k.L))
+    h = k.N(alpha * x + k.ca * k.A(x), "attn_norm")
+    return k.N(alpha * h + k.cf * k.F(h), "ffn_norm")
+
+
+def peri(k: Case, x: Tensor) -> Tensor:
+    h = x + k.ca * k.N(k.A(k.N(x, "attn_norm")), "attn_output_norm")
+    return h + k.cf * k.N(k.F(k.N(h, "ffn_norm")), "ffn_output_norm")
+
+
+def olmo2(k: Case, x: Tensor) -> Tensor:
+    h = x + k.ca * k.N(k.A(x), "attn_norm")
+    return h + k.cf * k.N(k.F(h), "ffn_norm")
+
+
+def hybrid(k: Case, x: Tensor) -> Tensor:
+    h = x + k.ca * k.A(x)
+    return k.N(h, "ffn_norm") + k.cf * k.F(k.N(h, "ffn_norm"))
+
+
+def hybrid_star(k: Case, x: Tensor) -> Tensor:
+    return pre(k, x) if k.b == 0 else hybrid(k, x)
+
+
+def mix(k: Case, x: Tensor) -> Tensor:
+    return post(k, x) if k.b < math.floor(k.L / 4) else pre(k, x)
+
+
+def lns(k: Case, x: Tensor) -> Tensor:
+    root = math.sqrt(k.b + 1)
+    h = x + k.ca * k.A(k.N(x, "attn_norm") / root)
+    return h + k.cf * k.F(k.N(h, "ffn_norm") / root)
+
+
+def normformer(k: Case, x: Tensor) -> Tensor:
+    h = x + k.ca * k.N(k.A(k.N(x, "attn_norm")), "attn_output_norm")
+    return h + k.cf * k.F(k.N(h, "ffn_norm"))
+
+
+def keel(k: Case, x: Tensor) -> Tensor:
+    alpha = 1 if k.b == 0 else 2 * k.L
+    h = alpha * x + k.ca * k.A(k.N(x, "attn_norm"))
+    h = h if k.b == 0 else k.N(h, "attn_outer_norm")
+    return k.N(alpha * h + k.cf * k.F(k.N(h, "ffn_norm")), "ffn_outer_norm")
+
+
+def residual(k: Case, state: Tensor) -> Tensor:
+    x, d = (state, state) if k.b == 0 else (state[..., 0, :], state[..., 1, :])
+    f = k.ca * k.A(x)
+    d, x = d + f, k.N(x + f, "attn_norm")
+    f = k.cf * k.F(x)
+    d, x = d + f, k.N(x + f, "ffn_norm")
+    return x + k.N(d, "readout_norm") if k.b == k.L - 1 else torch.stack((x, d), dim=2)
+
+
+def siamese(k: Case, state: Tensor) -> Tensor:
+    X, Y = (state, state) if k.b == 0 else (state[..., 0, :], state[..., 1, :])
+    o = k.ca * k.A(k.N(X + k.N(Y, "attn_y_norm"), "attn_norm"))
+    X, Y = k.N(X + o / math.sqrt(2 * k.b + 1), "attn_x_norm"), Y + o
+    o = k.cf * k.F(k.N(X + k.N(Y, "ffn_y_norm"), "ffn_norm"))
+    X, Y = k.N(X + o / math.sqrt(2 * k.b + 2), "ffn_x_norm"), Y + o
+    return X + k.N(Y, "readout_norm") if k.b == k.L - 1 else torch.stack((X, Y), dim=2)
+
+
+EQUATIONS: dict[str, Callable[[Case, Tensor], Tensor]] = {
+    "pre": pre,
+    "post": post,
+    "span": span,
+    "deepnorm": deepnorm,
+    "peri": peri,
+    "olmo2": olmo2,
+    "hybrid": hybrid,
+    "hybrid_star": hybrid_star,
+    "mix": mix,
+    "lns": lns,
+    "subln": pre,  # its other norms stand inside the sublayers
+    "normformer": normformer,
+    "residual": residual,
+    "siamese": siamese,
+    "keel": keel,
+}
