@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from spannorm.errors import InputError
+from spannorm.placements import PLACEMENTS, build_placement
 from spannorm.train.recipe import load_recipe, recipe_from_dict
 from spannorm.train.run import model_config
 
@@ -22,6 +23,16 @@ def test_every_recipe_of_the_repository_loads_and_builds(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe_from_dict(recipe.to_dict()) == recipe, "a recipe survives its own record"
     assert model_config(recipe).num_hidden_layers >= 1
+
+
+def test_the_zoo_holds_every_placement_in_both_tables_each_by_its_own_recipe() -> None:
+    arms = load_recipe(ROOT / "recipes" / "zoo.yaml").compare.arms
+    for table in ("common body", "own recipe"):
+        assert [arm["model.placement"] for arm in arms if arm["table"] == table] == list(PLACEMENTS)
+    for arm in arms:
+        block = build_placement(arm["model.placement"], hidden_size=2, layer_idx=0, num_layers=16)
+        asked = block.recommended_base_init if arm["table"] == "own recipe" else "fan_in"
+        assert arm.get("model.base_init", "fan_in") == asked
 
 
 def test_a_number_written_as_yaml_1_1_text_is_a_number(tmp_path: Path) -> None:

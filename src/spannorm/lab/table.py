@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
@@ -50,14 +50,18 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
 
 
 def print_placements(entries: Sequence[Entry], console: Console | None = None) -> None:
-    """Print the catalog of placements, a line or two each."""
-    table = Table(box=None, pad_edge=False)
+    """Print the catalog of placements: equation, then ends, init, source and what is our reading."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
     table.add_column("name", no_wrap=True, style="bold")
-    for heading in ("equation", "default rule", "base init", "source"):
-        table.add_column(heading)
+    table.add_column("equation, ends, init, source, our reading", ratio=1)
+    table.add_column("default rule", no_wrap=True)
+    table.add_column("base init", no_wrap=True)
     for e in entries:
-        source = re.sub(r"^.*?(arXiv \d+\.\d+(v\d+)?).*", r"\1", e.fields.get("Source", ""))
-        table.add_row(e.name, e.fields.get("Equation", "").replace("`", ""), e.depth_rule, e.base_init, source)
+        words = {key: text.replace("`", "") for key, text in e.fields.items()}
+        cell = Text(words.pop("Equation", ""))
+        for key, text in words.items():
+            cell.append(f"\n{key}: {text}", style="dim")
+        table.add_row(e.name, cell, e.depth_rule, e.base_init)
     (console or wide_console()).print(table)
 
 

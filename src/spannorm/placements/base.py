@@ -40,7 +40,7 @@ class Placement(nn.Module, ABC):
     """
 
     default_depth_rule: ClassVar[str] = "none"
-    recommended_base_init: ClassVar[str] = "normal"
+    recommended_base_init: str = "normal"
     """The base init of the method's own recipe; a comparison on a common body uses the same one for all."""
     final_norm: ClassVar[bool]
     """Whether the stack needs a norm between its last block and the head. It belongs to the model."""

@@ -20,7 +20,8 @@ class PeriLN(Placement):
     Ends: a final norm; the embedding may be normalized too.
     Init: N(0, 0.02²). An init factor on the outputs has no effect in the forward pass: the output norm undoes it.
     Source: arXiv 2502.02732; Gemma 2 and 3.
-    Our reading: Gemma's embedding ×√d and gain 1+w are left to the model's configuration and to the gain itself.
+    Our reading: the base init. Gemma's embedding ×√d and gain 1+w are left to the model's configuration
+    (`embedding_multiplier`) and to the gain itself.
 
     Args:
         embedding_norm: normalize the embedding once, before block 0.
@@ -77,7 +78,7 @@ class NormFormer(Placement):
     Ends: a final norm.
     Init: PreNorm's base, N(0, 0.02²).
     Source: arXiv 2110.09456.
-    Our reading: in a gated FFN the inner norm reads the product of gate and up.
+    Our reading: the base init; in a gated FFN the inner norm reads the product of gate and up.
     """
 
     final_norm = True

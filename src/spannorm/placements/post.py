@@ -22,6 +22,7 @@ class PostNorm(Placement):
     Ends: no final norm, the last block ends in one.
     Init: Xavier; the embedding reaches block 0 at unit variance (×√d on std d^-1/2).
     Source: Vaswani et al. 2017, arXiv 1706.03762.
+    Our reading: Xavier normal as the base init, which the paper does not state.
     """
 
     recommended_base_init = "xavier"

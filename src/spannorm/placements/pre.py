@@ -111,4 +111,6 @@ def mix_norm(*, post_fraction: float = 0.25, depth_rule: str | None = None, **co
     # exact: in floats 0.29 · 100 is 28.999…
     lower = common["layer_idx"] < math.floor(Fraction(str(post_fraction)) * common["num_layers"])
     cls: type[Placement] = PostNorm if lower else PreNorm
-    return cls(depth_rule="none" if depth_rule is None else depth_rule, **common)
+    block = cls(depth_rule="none" if depth_rule is None else depth_rule, **common)
+    block.recommended_base_init = "normal"  # Mix-LN's, for both kinds
+    return block

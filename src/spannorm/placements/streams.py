@@ -23,6 +23,7 @@ class ResiDual(Placement):
     Ends: both streams start at the embedding; the last block reads out `x + N(d)`; no final norm besides.
     Init: Xavier.
     Source: arXiv 2304.14802.
+    Our reading: the base init.
     """
 
     recommended_base_init = "xavier"
@@ -61,7 +62,7 @@ class SiameseNorm(Placement):
     Ends: both streams start at the embedding; the last block reads out `X + N(Y)`; no final norm besides.
     Init: gains 1; N(0, 0.02²).
     Source: arXiv 2602.08064v2.
-    Our reading: l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers of a block and
+    Our reading: the base init's σ; l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers of a block and
     reads out `N(N(X) + N(Y))`; we follow the paper.
     """
 
