@@ -62,8 +62,8 @@ class SiameseNorm(Placement):
     Ends: both streams start at the embedding; the last block reads out `X + N(Y)`; no final norm besides.
     Init: gains 1; N(0, 0.02²).
     Source: arXiv 2602.08064v2.
-    Our reading: the base init's σ; l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers of a block and
-    reads out `N(N(X) + N(Y))`; we follow the paper.
+    Our reading: the base init's σ; l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers
+    of a block and reads out `N(N(X) + N(Y))`; we follow the paper.
     """
 
     final_norm = False
