@@ -1,0 +1,354 @@
+"""Attention and feed-forward at initialization, as maps on the covariance between tokens.
+
+Wide layers with fresh Gaussian weights turn a field of tokens into one whose channels are independent draws with a
+known covariance. So all there is to know of a signal is its *kernel*: for two tokens at positions t and s, the mean
+product over channels, `same` for a token with itself and `diff` for two distinct tokens. Gradients alike.
+
+A kernel is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
+docs/theory.md derives every line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import erf, factorial, pi
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spannorm.errors import InputError, unknown
+from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std
+
+Array = NDArray[np.float64]
+Kernel = NDArray[np.float64]
+
+_erf = np.vectorize(erf, otypes=[float])
+
+
+def _sigmoid(z: Array) -> Array:
+    return 0.5 * (1 + np.tanh(z / 2))
+
+
+def _bell(z: Array) -> Array:
+    return np.exp(-z * z / 2) / (2 * pi) ** 0.5
+
+
+ACTIVATIONS: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
+    "gelu": (lambda z: z * 0.5 * (1 + _erf(z / 2**0.5)), lambda z: 0.5 * (1 + _erf(z / 2**0.5)) + z * _bell(z)),
+    "relu": (lambda z: np.maximum(z, 0.0), lambda z: (z > 0).astype(float)),
+}
+"""The gate's activation and its derivative."""
+
+_ORDER = 12
+_ABSCISSAE, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+_HERMITE = np.stack(
+    [np.polynomial.hermite_e.hermeval(_ABSCISSAE, np.eye(_ORDER)[k]) / factorial(k) ** 0.5 for k in range(_ORDER)], 1
+)
+
+
+def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel) -> Kernel:
+    """`E[f(a) f(b)]` for jointly Gaussian a, b with the given std by position and correlation by pair.
+
+    Mehler's formula: with `f(σz) = Σ a_k(σ) h_k(z)` in normalized Hermite polynomials the mean is `Σ a_k a'_k ρᵏ`.
+    What the first terms leave of the exact `E[f²]` goes to the next power.
+    """
+    values = f(std[:, None] * _ABSCISSAE)
+    c = (values * _WEIGHTS) @ _HERMITE
+    exact = values**2 @ _WEIGHTS
+    rest = np.sqrt(np.maximum(exact - (c**2).sum(1), 0.0))
+    c = np.concatenate([c, rest[:, None]], 1)
+    rho = correlation[1:]
+    total = np.zeros_like(rho)
+    for k in range(_ORDER, -1, -1):
+        total *= rho
+        total += np.outer(c[:, k], c[:, k])
+    return np.concatenate([exact[None], total])
+
+
+def outer(a: Array) -> Kernel:
+    """`a_t a_s` in a kernel's shape: what scaling a field by `a` multiplies its kernel with."""
+    return np.concatenate([(a * a)[None], np.outer(a, a)])
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What a softmax over t keys with independent logits N(0, s²) does on average, by quadrature.
+
+    `1/Z^k = ∫ u^(k−1) e^(−uZ) du / Γ(k)` with `Z = Σ exp z_i` turns a mean over all t logits into powers of one-logit
+    means, `E[p_1^a p_2^b] = ∫ u^(a+b−1) φ_a(u) φ_b(u) φ_0(u)^(t−2) du / Γ(a+b)`, `φ_k(u) = E[e^(kz) exp(−u e^z)]`.
+    """
+
+    variances: Array
+    """s², the grid of both tables."""
+    overlap: Array
+    """`E[Σ p_i²]`, by s² and t."""
+    moved: Array
+    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how far a change of the logits moves the mean, by s² and t."""
+
+    @classmethod
+    def over(cls, t: Array) -> Softmax:
+        variances = np.linspace(0.0, 1.5, 16) ** 2
+        z, weight = np.polynomial.hermite_e.hermegauss(48)
+        z = variances[:, None] ** 0.5 * z  # (variance, z)
+        weight = weight / weight.sum()
+        x = np.linspace(-16.0, 9.0, 150)  # ln u
+        u = np.exp(x)
+        e = np.exp(-u[:, None] * np.exp(z)[:, None, :])  # (variance, u, z)
+        phi = [(e * np.exp(k * z)[:, None, :]) @ weight for k in range(5)]
+
+        def mean(*powers: int) -> Array:
+            k, others = sum(powers), np.maximum(t - len(powers), 0)[:, None]
+            body = np.prod([phi[p] for p in powers], axis=0)[:, None] * phi[0][:, None] ** others
+            return (body * u**k).sum(-1) * (x[1] - x[0]) / factorial(k - 1)
+
+        square, cube, fourth = (t * mean(k) for k in (2, 3, 4))
+        two = t * (t - 1) * mean(2, 2)
+        return cls(variances, square, np.maximum(square - 2 * cube + fourth + two, 0.0))
+
+    def at(self, table: Array, variance: Array) -> Array:
+        """A table's value at each position's variance."""
+        return np.array([np.interp(v, self.variances, column) for v, column in zip(variance, table.T, strict=True)])
+
+
+class Positions:
+    """At most `nodes` positions standing for a sequence: bins whose width grows with the distance from the start.
+
+    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence.
+    """
+
+    def __init__(self, length: int, nodes: int = 20) -> None:
+        edges = np.unique(np.round(np.geomspace(1, length + 1, nodes + 1)).astype(int)) if length > 1 else [1, 2]
+        first, last = np.asarray(edges[:-1]), np.asarray(edges[1:]) - 1
+        self.size = len(first)
+        self.count = (first + last) / 2.0
+        sizes = last - first + 1.0
+        self.weight = sizes / length
+        node = self.count[:, None]
+        # tokens of bin i at or before node t (keys[t, i]), and tokens of bin t at or after node i (queries[i, t])
+        self.keys = np.clip(node - first + 1, 0, sizes)
+        self.keys[np.diag_indices(self.size)] = (sizes + 1) / 2
+        self.queries = np.clip(last - node + 1, 0, sizes)
+        self.queries[np.diag_indices(self.size)] = (sizes + 1) / 2
+        self.count = self.keys.sum(1)
+        order = np.arange(self.size)
+        self._low = np.concatenate([order[None], np.minimum.outer(order, order)])
+        self._high = np.concatenate([order[None], np.maximum.outer(order, order)])
+        self.shared = self.count[self._low]
+        self.pairs = outer(self.count) - self.shared
+        self.softmax = Softmax.over(self.count)
+
+    def mean(self, per_position: Array) -> float:
+        """Mean over the tokens of a sequence."""
+        return float(self.weight @ per_position)
+
+    def over_keys(self, k: Kernel) -> tuple[Kernel, Kernel]:
+        """For queries t, s: the sum of `same` over the keys both see, and of `diff` over their other pairs of keys."""
+        return self._gather(k, self.keys, self._low)
+
+    def over_queries(self, k: Kernel) -> tuple[Kernel, Kernel]:
+        """For keys i, j: the like sums over the queries that see them."""
+        return self._gather(k, self.queries, self._high)
+
+    @staticmethod
+    def _gather(k: Kernel, m: Array, common: NDArray[np.int64]) -> tuple[Kernel, Kernel]:
+        full = m @ k[1:] @ m.T
+        pairs = np.concatenate([np.diagonal(full)[None], full])
+        return (m @ k[0])[common], pairs - (m @ np.diagonal(k[1:]))[common]
+
+
+@dataclass(frozen=True)
+class Body:
+    """The model of the sublayers at init: what the theory knows of a network besides its placement and its depth.
+
+    Args:
+        hidden_size: d.
+        intermediate_size: channels inside the gated feed-forward.
+        num_attention_heads, head_dim: heads and their size; None means d / heads.
+        sequence_length: T, tokens of a sequence.
+        repeat: the chance that two positions of a sequence hold the same token, which correlates embeddings and
+            targets; 0 for tokens drawn from a large vocabulary.
+        hidden_act: the gate's activation: silu, gelu or relu.
+        qk_norm: a norm on each head's queries and keys.
+        rope_theta: RoPE's base.
+        base_init, initializer_range, tied: as in `spannorm.scaling.base_std`.
+        embedding_multiplier: what the embedding is multiplied with.
+        eps: the norms' epsilon.
+    """
+
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_attention_heads: int = 4
+    head_dim: int | None = None
+    sequence_length: int = 128
+    repeat: float = 0.0
+    hidden_act: str = "silu"
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    base_init: str = "fan_in"
+    initializer_range: float = 0.02
+    tied: bool = False
+    embedding_multiplier: float = 1.0
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise unknown("activation", self.hidden_act, ACTIVATIONS)
+        if self.base_init not in BASE_INITS:
+            raise unknown("base_init", self.base_init, BASE_INITS)
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.repeat < 1:
+            raise InputError(f"`repeat` is a probability below 1; got {self.repeat}.")
+
+    @cached_property
+    def attention_size(self) -> int:
+        """Channels of all heads together."""
+        return self.num_attention_heads * (self.head_dim or self.hidden_size // self.num_attention_heads)
+
+    @cached_property
+    def positions(self) -> Positions:
+        return Positions(self.sequence_length)
+
+    def power(self, role: Role, fan_in: int, fan_out: int, rule: DepthRule | None = None) -> float:
+        """A matrix's variance per entry, depth rule included."""
+        std = base_std(role, fan_in, fan_out, width=self.hidden_size, base_init=self.base_init,
+                       initializer_range=self.initializer_range, tied=self.tied)  # fmt: skip
+        cut = BASE_INITS[self.base_init]
+        return float((std * (cut_std(cut) if cut else 1.0) * (rule.init.get(role, 1.0) if rule else 1.0)) ** 2)
+
+    def embedding(self) -> Kernel:
+        """The embedding's kernel: two tokens are the same with probability `repeat`, and independent otherwise."""
+        variance = self.power("embedding", self.hidden_size, self.hidden_size) * self.embedding_multiplier**2
+        return variance * self.coincidence()
+
+    def coincidence(self) -> Kernel:
+        """1 for a token with itself, `repeat` for two."""
+        n = self.positions.size
+        return np.concatenate([np.ones((1, n)), np.full((n, n), self.repeat)])
+
+    @cached_property
+    def rotation(self) -> tuple[Kernel, Kernel]:
+        """RoPE's damping of the product of a query's and a key's common part, for two queries t and s: on a key that
+        both see, `mean_θ cos θ(t−s)`, and on two keys, that mean over the keys too."""
+        half = max(1, self.attention_size // self.num_attention_heads // 2)
+        theta = self.rope_theta ** (-np.arange(half) / half)
+        count = self.positions.count
+        same = np.cos(theta * (count[:, None, None] - count[:, None])).mean(-1)
+        # the mean over keys 0 … t of the rotation back from the query, a geometric sum
+        phase = (1 - np.exp(-1j * np.outer(count, theta))) / (1 - np.exp(-1j * theta)) / count[:, None]
+        both = (phase @ phase.conj().T).real / half
+        return np.concatenate([np.ones((1, len(count))), same]), np.concatenate([np.diagonal(both)[None], both])
+
+
+def normalized(k: Kernel, on: bool = True) -> tuple[Kernel, Array]:
+    """The kernel of the field brought to unit variance, and its std by position; with `on` false as it was."""
+    if not on:
+        return k, np.ones(k.shape[1])
+    std = np.sqrt(np.maximum(k[0], 1e-300))
+    return k / outer(std), std
+
+
+@dataclass
+class Attention:
+    """Causal attention: forward on the kernel of what it reads, then `backward` on the gradient's kernel.
+
+    Queries and keys give Gaussian logits z; a mean over softmax weights is taken as the ratio of means
+    (`E[p_i p_j] ∝ E[exp(z_i + z_j)]`, the annealed mean), with the logits' covariance one value for a shared key and
+    one for two keys.
+    """
+
+    body: Body
+    rule: DepthRule
+    inner_norms: Mapping[str, str]
+    reads: Kernel
+    writes: Kernel = field(init=False)
+
+    def __post_init__(self) -> None:
+        b, p = self.body, self.body.positions
+        d, inner = b.hidden_size, b.attention_size
+        self.qk_power = b.power("q", d, inner, self.rule) * b.power("k", d, inner, self.rule)
+        self.v_power = b.power("v", d, inner, self.rule)
+        self.out_power = b.power("attn_out", inner, d, self.rule)
+        on_q, on_k = ("q" in self.inner_norms or b.qk_norm), ("k" in self.inner_norms or b.qk_norm)
+        self.q, self.q_std = normalized(b.power("q", d, inner, self.rule) * d * self.reads, on_q)
+        self.k, self.k_std = normalized(b.power("k", d, inner, self.rule) * d * self.reads, on_k)
+        self.v, self.v_std = normalized(self.v_power * d * self.reads, "v" in self.inner_norms)
+
+        same_key, two_keys = p.over_keys(self.k)
+        self.k_same, self.k_diff = same_key / p.shared, two_keys / np.maximum(p.pairs, 1e-9)
+        rotated_same, rotated_diff = b.rotation
+        # how much likelier two queries put their weight on one key than on two: exp of the difference of covariances
+        # in the annealed mean, brought to the quadrature's value where both are one query
+        covariance = self.q * (rotated_same * self.k_same - rotated_diff * self.k_diff)
+        variance = np.maximum(covariance[0], 1e-9)
+        exact = p.softmax.at(p.softmax.overlap, variance)
+        self.moved = p.softmax.at(p.softmax.moved, variance)
+        growth = np.log(np.maximum(exact * (p.count - 1), 1e-300) / np.maximum(1 - exact, 1e-300)) / variance
+        growth[p.count <= 1] = 1.0
+        self.ratio = np.exp(covariance * np.sqrt(outer(np.maximum(growth, 0.0))))
+        self.total = self.ratio * p.shared + p.pairs
+        v_same, v_diff = p.over_keys(self.v)
+        self.v_spread = v_same / p.shared - np.where(p.pairs > 0, v_diff / np.maximum(p.pairs, 1e-9), 0.0)
+        mixed = (self.ratio * v_same + v_diff) / self.total
+        self.mixed, self.mixed_std = normalized(mixed, "attn_out" in self.inner_norms)
+        self.writes = self.out_power * inner * self.mixed
+
+    def backward(self, gradient: Kernel) -> Kernel:
+        """The kernel of the gradient at what was read, from that at what was written."""
+        b, p = self.body, self.body.positions
+        d, inner = b.hidden_size, b.attention_size
+        g = self.out_power * d * gradient / outer(self.mixed_std)
+        # through the values: each key gathers from the queries that see it
+        same, diff = p.over_queries(self.ratio * g / self.total)
+        alone, apart = p.over_queries(g / self.total)
+        values = np.concatenate([(same[0] + diff[0])[None], (alone + apart)[1:]])
+        # through the logits: dz_i = p_i g·(v_i − Σ p_k v_k); what keys and values have in common cancels
+        rotated_same, rotated_diff = b.rotation
+        k_spread = self.k_same - rotated_diff * self.k_diff
+        overlap = self.ratio * p.shared / self.total
+        moved = overlap * (1 - overlap)
+        moved[0] = self.moved
+        into_q = g * self.v_spread * k_spread * moved / outer(self.q_std)
+        pulled = g * self.v_spread * self.q * rotated_same * moved / np.maximum(overlap, 1e-300)
+        same, diff = p.over_queries(self.ratio * pulled / self.total)
+        into_k = np.zeros_like(g)
+        into_k[0] = same[0] + diff[0]
+        into_k /= outer(self.k_std)
+        q_power, k_power = b.power("q", d, inner, self.rule), b.power("k", d, inner, self.rule)
+        return inner * (self.v_power * values / outer(self.v_std) + q_power * into_q + k_power * into_k)
+
+
+@dataclass
+class FeedForward:
+    """The gated feed-forward `W_down(φ(W_gate n) ⊙ W_up n)`, forward on kernels, then `backward`."""
+
+    body: Body
+    rule: DepthRule
+    inner_norms: Mapping[str, str]
+    reads: Kernel
+    writes: Kernel = field(init=False)
+
+    def __post_init__(self) -> None:
+        b = self.body
+        d, inner = b.hidden_size, b.intermediate_size
+        self.gate_power = b.power("ffn_gate", d, inner, self.rule)
+        self.up_power = b.power("ffn_up", d, inner, self.rule)
+        self.down_power = b.power("ffn_down", inner, d, self.rule)
+        correlation, std = normalized(self.reads)
+        self.gate_std, self.correlation = (self.gate_power * d) ** 0.5 * std, np.clip(correlation, -1, 1)
+        self.up = self.up_power * d * self.reads
+        self.gate = correlated_mean(ACTIVATIONS[b.hidden_act][0], self.gate_std, self.correlation)
+        inside, self.inside_std = normalized(self.gate * self.up, "ffn_down" in self.inner_norms)
+        self.writes = self.down_power * inner * inside
+
+    def backward(self, gradient: Kernel) -> Kernel:
+        """The kernel of the gradient at what was read, from that at what was written."""
+        b = self.body
+        g = self.down_power * b.hidden_size * gradient / outer(self.inside_std)
+        slope = correlated_mean(ACTIVATIONS[b.hidden_act][1], self.gate_std, self.correlation)
+        return b.intermediate_size * g * (self.up_power * self.gate + self.gate_power * slope * self.up)
