@@ -104,7 +104,7 @@ def branch_shares(model: nn.Module, loss_of: Loss) -> BranchShares:
     for i, branch in enumerate(BRANCHES, start=1):
         gradients = arrived[i * depth : (i + 1) * depth]
         through = [
-            torch.autograd.grad(output, x, gradient, retain_graph=True)[0]
+            torch.autograd.grad(output, x, gradient, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
             for output, x, gradient in zip(outputs[branch], inputs, gradients, strict=True)
         ]
         shares[f"{branch}_share"] = [_power(g) / total for g, total in zip(through, powers, strict=True)]
