@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
 from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
-from spannorm.probes.statistics import exact, power, streams
+from spannorm.probes.statistics import exact, power, summed
 
 BRANCHES = ("attn", "ffn")
 
@@ -196,4 +196,4 @@ def _skipped(x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
 
 
 def _power(gradient: Tensor) -> float:
-    return power(torch.stack(streams(gradient)).sum(0)).item()
+    return power(summed(gradient)).item()

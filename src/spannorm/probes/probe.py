@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from spannorm.errors import InputError
 from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
 from spannorm.probes.record import Means, Record
-from spannorm.probes.statistics import apart, exact, power, spectrum, streams, token_cosine, tokens, unit
+from spannorm.probes.statistics import (
+    apart,
+    exact,
+    power,
+    power_by_stream,
+    spectrum,
+    summed,
+    token_cosine,
+    tokens,
+    unit,
+)
 
 
 class Probe(AbstractContextManager["Probe"]):
@@ -78,7 +88,7 @@ class Probe(AbstractContextManager["Probe"]):
             output = sublayer(x)
             self._outputs.append((output, branch))
             with apart(output):
-                self._add("branch", branch, b, output, power(exact(output)))
+                self._add("branch", branch, b, output, power(output))
             return output
 
         return watched
@@ -92,16 +102,16 @@ class Probe(AbstractContextManager["Probe"]):
         x, f = given["x"], given.get("f")
         if f is None:
             with apart(x):
-                self._add("variance", self._unique("site", name), b, x, power(exact(x)))
+                self._add("variance", self._unique("site", name), b, x, power(x))
             if branch := self._branch(x):  # a norm on the branch's output: what it returns is the branch
                 self._outputs.append((output, branch))
             return
         branch = self._branch(f)
         with apart(x):
-            skip, added = exact(x) * given.get("skip", 1.0), exact(f) * given.get("branch", 1.0)
-            moments = torch.cat([power(skip), power(added), (skip * added).mean()[None]])
+            added = torch.stack((exact(x) * given.get("skip", 1.0), exact(f) * given.get("branch", 1.0))).flatten(1)
+            moments = added @ added.T / x.numel()  # ⟨skip²⟩, ⟨skip·branch⟩; ⟨branch·skip⟩, ⟨branch²⟩
             site = f"{branch}_add" if name == "add" and branch else name
-            self._add("variance", self._unique("site", site), b, x, moments @ moments.new_tensor([1.0, 1.0, 2.0]))
+            self._add("variance", self._unique("site", site), b, x, moments.sum())
             if branch:
                 self._add("sum", self._unique("sum", branch), b, x, moments)
 
@@ -115,8 +125,10 @@ class Probe(AbstractContextManager["Probe"]):
 
     def _at_point(self, point: int, x: Tensor) -> None:
         with apart(x):
-            self._add("signal", "", point, x, torch.cat([power(stream) for stream in streams(x)]))
-            stream = torch.stack(streams(x)).sum(0)
+            self._add("signal", "", point, x, power(x))
+            if x.ndim == 4:
+                self._add("signal_by_stream", "", point, x, power_by_stream(x))
+            stream = summed(x)
             here, before = unit(stream), self._units[-1:]
             self._add("token_cosine", "", point, x, token_cosine(here))
             if before and point > 0:
@@ -128,7 +140,7 @@ class Probe(AbstractContextManager["Probe"]):
             if point == len(self.placements):
                 if self._similarity:
                     units = torch.stack(self._units).flatten(1)
-                    self._add("similarity", "", 0, x, (units @ units.T).flatten() / tokens(x))
+                    self._add("similarity", "", 0, x, units @ units.T / tokens(x))
                 self._units = []
 
     def _watch_gradient(self, point: int, x: Tensor) -> None:
@@ -136,16 +148,16 @@ class Probe(AbstractContextManager["Probe"]):
 
         def measure(gradient: Tensor) -> None:
             with apart(gradient):
-                parts = streams(gradient)
-                powers = [power(torch.stack(parts).sum(0)), *(power(part) for part in parts)]
-                means.add("gradient", "", point, torch.cat(powers), tokens(gradient))
+                means.add("gradient", "", point, power(summed(gradient)), tokens(gradient))
+                if gradient.ndim == 4:
+                    means.add("gradient_by_stream", "", point, power_by_stream(gradient), tokens(gradient))
 
         # Reentrant checkpointing runs forward without gradients and hands them to the recomputation.
         if torch.is_grad_enabled() and x.requires_grad:
             x.register_hook(measure)
 
     def _add(self, quantity: str, site: str, index: int, x: Tensor, mean: Tensor) -> None:
-        self._means.add(quantity, site, index, mean.reshape(-1), tokens(x))
+        self._means.add(quantity, site, index, mean, tokens(x))
 
     def record(self) -> Record:
         """The means over everything measured since `with`. A collective where torch.distributed is initialized.
@@ -172,31 +184,27 @@ class Probe(AbstractContextManager["Probe"]):
         def points(quantity: str, of: Callable[[list[float]], float]) -> list[float]:
             return rows(quantity, of, depth + 1).get("", [math.nan] * (depth + 1))
 
-        def by_stream(quantity: str, skipped: int) -> list[list[float]]:
-            count = max(map(len, means["signal"][""].values()))
-            two = range(count) if count > 1 else ()
-            return [points(quantity, partial(_of_stream, i + skipped, skipped + 1)) for i in two]
+        def by_stream(quantity: str) -> list[list[float]]:
+            def rms_of(i: int) -> Callable[[list[float]], float]:
+                return lambda values: math.sqrt(values[i])
+
+            return [points(quantity, rms_of(i)) for i in range(2 if "signal_by_stream" in means else 0)]
 
         return Record(
-            signal_rms=points("signal", lambda v: math.sqrt(sum(v) / len(v))),
+            signal_rms=points("signal", lambda v: math.sqrt(v[0])),
             gradient_rms=points("gradient", lambda v: math.sqrt(v[0])),
-            signal_rms_by_stream=by_stream("signal", 0),
-            gradient_rms_by_stream=by_stream("gradient", 1),
+            signal_rms_by_stream=by_stream("signal_by_stream"),
+            gradient_rms_by_stream=by_stream("gradient_by_stream"),
             variance=rows("variance", lambda v: v[0], depth),
             branch_rms=rows("branch", lambda v: math.sqrt(v[0]), depth),
-            added_rms=rows("sum", lambda v: math.sqrt(v[1]), depth),
-            rho=rows("sum", lambda v: v[2] / math.sqrt(v[0] * v[1]) if v[0] * v[1] else math.nan, depth),
+            added_rms=rows("sum", lambda v: math.sqrt(v[3]), depth),
+            rho=rows("sum", lambda v: v[1] / math.sqrt(v[0] * v[3]) if v[0] * v[3] else math.nan, depth),
             token_cosine=points("token_cosine", lambda v: v[0]),
             layer_cosine=rows("layer_cosine", lambda v: v[0], depth)[""],
             similarity=_square(means["similarity"][""][0], depth + 1) if self._similarity else None,
             effective_rank=points("rank", lambda v: v[0]) if self._rank else None,
             spectrum=[means["spectrum"][""][point] for point in range(depth + 1)] if self._spectrum else None,
         )
-
-
-def _of_stream(i: int, one: int, values: list[float]) -> float:
-    """The RMS of one of two streams; NaN where they are one (a vector of length `one`)."""
-    return math.sqrt(values[i]) if len(values) > one else math.nan
 
 
 def _square(flat: list[float], n: int) -> list[list[float]]:

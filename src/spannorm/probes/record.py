@@ -71,9 +71,9 @@ class Means:
     weights: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
     def add(self, quantity: str, site: str, index: int, mean: Tensor, weight: int) -> None:
-        """Take in the mean (a vector) over `weight` tokens."""
-        key = quantity, site, index
-        self.sums[key] = self.sums[key] + mean * weight if key in self.sums else mean * weight
+        """Take in a mean, or an array of means, over `weight` tokens."""
+        key, total = (quantity, site, index), mean.flatten() * weight
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
         self.weights[key] = self.weights.get(key, 0) + weight
 
     def read(self) -> dict[str, dict[str, dict[int, list[float]]]]:

@@ -21,9 +21,9 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def streams(x: Tensor) -> tuple[Tensor, ...]:
-    """(batch, seq, hidden) or (batch, seq, streams, hidden) → each stream, exact."""
-    return exact(x).unbind(-2) if x.ndim == 4 else (exact(x),)
+def summed(x: Tensor) -> Tensor:
+    """(batch, seq, hidden) as it is, (batch, seq, streams, hidden) summed over the streams; exact."""
+    return exact(x).sum(-2) if x.ndim == 4 else exact(x)
 
 
 def tokens(x: Tensor) -> int:
@@ -31,8 +31,13 @@ def tokens(x: Tensor) -> int:
 
 
 def power(x: Tensor) -> Tensor:
-    """Mean square over everything, as a vector of one."""
-    return exact(x).square().mean()[None]
+    """Mean square over everything."""
+    return torch.linalg.vector_norm(exact(x)).square() / x.numel()
+
+
+def power_by_stream(x: Tensor) -> Tensor:
+    """Mean square of each of (batch, seq, streams, hidden)."""
+    return exact(x).square().mean((0, 1, 3))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def token_cosine(units: Tensor) -> Tensor:
     """Mean cosine between different tokens of a sequence, from their directions; 0 where there is but one token."""
     length = units.shape[1]
     pairs = units.sum(1).square().sum(-1) - units.square().sum((1, 2))
-    return pairs.mean()[None] / max(length * (length - 1), 1)
+    return pairs.mean() / max(length * (length - 1), 1)
 
 
 def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,4 +66,4 @@ def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     share = sigma / sigma.sum()
     rank = -torch.special.xlogy(share, share).sum()
     padded = torch.nn.functional.pad(sigma / count**0.5, (0, width - len(sigma)))
-    return padded.to(x.dtype), rank.exp()[None].to(x.dtype)
+    return padded.to(x.dtype), rank.exp().to(x.dtype)
