@@ -84,6 +84,13 @@ class LayerNorm(Norm):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class Add(nn.Module):
+    """`scaled_add` as a module without parameters: the sums that no norm follows, where a probe can see them."""
+
+    def forward(self, x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) -> Stream:
+        return scaled_add(x, f, skip=skip, branch=branch)
+
+
 NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from spannorm.errors import InputError
-from spannorm.norms import Norm, Scale, build_norm
+from spannorm.norms import Add, Norm, Scale, build_norm
 from spannorm.scaling import DepthRule
 from spannorm.scaling import depth_rule as work_out
 from spannorm.shapes import State, Stream
@@ -72,6 +72,7 @@ class Placement(nn.Module, ABC):
         self.norm_name, self.eps = norm, eps
         self.attn_scale: Scale = self._scale(self.rule.attn_forward)
         self.ffn_scale: Scale = self._scale(self.rule.ffn_forward)
+        self.add = Add()
         for name in self.norms():
             self.add_module(name, build_norm(norm, hidden_size, eps))
         reason = self.discouraged(self.rule)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from spannorm.norms import scaled_add
 from spannorm.placements.base import Placement, Sublayer
 from spannorm.shapes import Stream
 
@@ -32,7 +31,7 @@ class HybridNorm(Placement):
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         n = self.ffn_norm(x, attn(x), branch=self.attn_scale)
-        return scaled_add(n, ffn(n), branch=self.ffn_scale)
+        return self.add(n, ffn(n), branch=self.ffn_scale)
 
 
 @final
@@ -59,4 +58,4 @@ class HybridNormStar(Placement):
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         f = attn(self.attn_norm(x)) if self.is_first else attn(x)
         n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
-        return scaled_add(h if self.is_first else n, ffn(n), branch=self.ffn_scale)
+        return self.add(h if self.is_first else n, ffn(n), branch=self.ffn_scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from spannorm.norms import Norm, scaled_add
+from spannorm.norms import Norm
 from spannorm.placements.base import Placement, Sublayer
 from spannorm.shapes import Stream
 
@@ -41,7 +41,7 @@ class PeriLN(Placement):
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         f = self.attn_output_norm(attn(self.attn_norm(x)))
         n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
-        return scaled_add(h, self.ffn_output_norm(ffn(n)), branch=self.ffn_scale)
+        return self.add(h, self.ffn_output_norm(ffn(n)), branch=self.ffn_scale)
 
 
 @final
@@ -62,8 +62,8 @@ class OLMo2Norm(Placement):
     inner_norms = {"q": "width", "k": "width"}  # noqa: RUF012
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
-        h = scaled_add(x, self.attn_norm(attn(x)), branch=self.attn_scale)
-        return scaled_add(h, self.ffn_norm(ffn(h)), branch=self.ffn_scale)
+        h = self.add(x, self.attn_norm(attn(x)), branch=self.attn_scale)
+        return self.add(h, self.ffn_norm(ffn(h)), branch=self.ffn_scale)
 
 
 @final
@@ -91,4 +91,4 @@ class NormFormer(Placement):
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         f = self.attn_output_norm(attn(self.attn_norm(x)))
         n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
-        return scaled_add(h, ffn(n), branch=self.ffn_scale)
+        return self.add(h, ffn(n), branch=self.ffn_scale)

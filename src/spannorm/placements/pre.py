@@ -7,7 +7,6 @@ from fractions import Fraction
 from typing import Any, final
 
 from spannorm.errors import InputError
-from spannorm.norms import scaled_add
 from spannorm.placements.base import Placement, Sublayer
 from spannorm.placements.post import PostNorm
 from spannorm.scaling import OUTPUTS, DepthRule
@@ -32,7 +31,7 @@ class PreNorm(Placement):
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         n, h = self.ffn_norm(x, attn(self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
-        return scaled_add(h, ffn(n), branch=self.ffn_scale)
+        return self.add(h, ffn(n), branch=self.ffn_scale)
 
 
 @final
@@ -61,7 +60,7 @@ class LayerNormScaling(Placement):
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         n, h = self.ffn_norm(x, attn(self.factor * self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
-        return scaled_add(h, ffn(self.factor * n), branch=self.ffn_scale)
+        return self.add(h, ffn(self.factor * n), branch=self.ffn_scale)
 
 
 @final
@@ -90,7 +89,7 @@ class SubLN(Placement):
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         n, h = self.ffn_norm(x, attn(self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
-        return scaled_add(h, ffn(n), branch=self.ffn_scale)
+        return self.add(h, ffn(n), branch=self.ffn_scale)
 
 
 def mix_norm(*, post_fraction: float = 0.25, depth_rule: str | None = None, **common: Any) -> Placement:

@@ -6,7 +6,7 @@ from typing import Any, final
 
 import torch
 
-from spannorm.norms import Norm, Scale, scaled_add
+from spannorm.norms import Norm, Scale
 from spannorm.placements.base import Placement, Sublayer
 from spannorm.shapes import State, Stream
 
@@ -40,8 +40,7 @@ class ResiDual(Placement):
         x, d = x.unbind(-2)
         for f, norm, scale in ((attn, self.attn_norm, self.attn_scale), (ffn, self.ffn_norm, self.ffn_scale)):
             o = f(x)
-            d = scaled_add(d, o, branch=scale)
-            x = norm(x, o, branch=scale)
+            x, d = norm(x, o, branch=scale), self.add(d, o, branch=scale)
         return torch.stack((x, d), dim=-2)
 
     def exit(self, x: Stream) -> State:
@@ -88,7 +87,7 @@ class SiameseNorm(Placement):
         x, y = streams
         norm_in, norm_x, norm_y = (self._norm(f"{site}_{which}norm") for which in ("", "x_", "y_"))
         o = f(norm_in(x, norm_y(y)))
-        return norm_x(x, o, branch=scale * (index + 1.0) ** -0.5), scaled_add(y, o, branch=scale)
+        return norm_x(x, o, branch=scale * (index + 1.0) ** -0.5), self.add(y, o, branch=scale)
 
     def _norm(self, name: str) -> Norm:
         norm: Any = self.get_submodule(name)

@@ -1,7 +1,7 @@
 """What a run writes down as it goes, and when it stops. Everything else reads these files, never the process.
 
 records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds
-probes.jsonl    one line per probe: step and a `LayerRecord`
+probes.jsonl    one line per probe: step and a `spannorm.probes.Record`
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spannorm.files import append_json, read_jsonl, write_text
-from spannorm.probes import LayerRecord
+from spannorm.probes import Record
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 
@@ -28,7 +28,7 @@ class Recorder(TrainerCallback):
 
     Args:
         folder: where the records go.
-        probe: makes one `LayerRecord` of the model as it stands.
+        probe: makes one `Record` of the model as it stands.
         probe_every: optimizer steps between probes.
         on_step: called with each record, for a live display.
         stop_with_parent: stop when the process that started this one is gone.
@@ -37,7 +37,7 @@ class Recorder(TrainerCallback):
     def __init__(
         self,
         folder: Path,
-        probe: Callable[[], LayerRecord],
+        probe: Callable[[], Record],
         probe_every: int,
         on_step: Callable[[dict[str, Any]], None],
         stop_with_parent: bool = False,

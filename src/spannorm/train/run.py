@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from spannorm.errors import InputError, Stopped, unknown
 from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
-from spannorm.probes import LayerRecord, measure_layers
+from spannorm.probes import Record, measure
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, uses_bf16
@@ -139,7 +139,7 @@ def _train(
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
-    def probe() -> LayerRecord:
+    def probe() -> Record:
         return _probe(engine, batch)
 
     recorder = Recorder(out, probe, t.probe_every, on_step, stop_with_parent)
@@ -213,16 +213,15 @@ def _description(recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData) 
     }
 
 
-def _probe(engine: Engine, batch: torch.Tensor) -> LayerRecord:
+def _probe(engine: Engine, batch: torch.Tensor) -> Record:
     model = engine.accelerator.unwrap_model(engine.model)
     training = model.training
     model.eval()
     inputs = batch.to(engine.args.device)
     try:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.args.bf16):
-            return measure_layers(
-                model.model.layers, lambda: model(inputs, labels=inputs).loss, inputs.numel() - len(inputs)
-            )
+            predictions = inputs.numel() - len(inputs)
+            return measure(model, lambda: model(inputs, labels=inputs).loss, tokens=predictions)
     finally:
         model.train(training)
 

@@ -1,0 +1,217 @@
+"""The probe: hooks on placements and on their norms, that look and touch nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.errors import InputError
+from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
+from spannorm.probes.record import Means, Record
+from spannorm.probes.statistics import (
+    apart,
+    exact,
+    power,
+    power_by_stream,
+    spectrum,
+    summed,
+    token_cosine,
+    tokens,
+    unit,
+)
+
+
+class Probe(AbstractContextManager["Probe"]):
+    """Measures every forward and backward pass inside `with Probe(model) as probe:`, training steps included.
+
+    What is computed stays bit-identical. Under activation checkpointing the recomputation is not measured again.
+    `probe.record()` is the mean over all passes since `with`, and over all ranks of torch.distributed.
+
+    Args:
+        model: any module whose blocks hold a `placement`; not compiled, since compiled code runs no hooks.
+        similarity: compare every point with every other, O(L²) time; keeps a copy of all streams during a pass.
+        rank: singular values of every point, about an eighth of a training step.
+        spectrum: hand back the singular values themselves.
+
+    Raises:
+        InputError: the model has no placements, or not one whole stack.
+    """
+
+    def __init__(self, model: nn.Module, *, similarity: bool = True, rank: bool = True, spectrum: bool = False) -> None:
+        self.placements = list(find_placements(model).values())
+        self._similarity, self._rank, self._spectrum = similarity, rank, spectrum
+
+    def __enter__(self) -> Self:
+        self._means = Means()
+        self._watching = False
+        self._units: list[Tensor] = []
+        self._hooks = ExitStack()
+        self._hooks.enter_context(intercepting(self.placements, self._entering))
+        handles = [self.placements[-1].register_forward_hook(self._leaving)]
+        for b, placement in enumerate(self.placements):
+            for name, site in placement.named_children():
+                if not isinstance(site, nn.Identity):
+                    handles.append(site.register_forward_hook(partial(self._at_site, b, name), with_kwargs=True))
+        for handle in handles:
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _entering(self, b: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:
+        self._watch_gradient(b, x)
+        self._watching = not _recomputing()
+        if not self._watching:
+            return x, attn, ffn
+        # Which tensors are a branch's output, so that the sums know which branch they add; which names were used up.
+        self._outputs: list[tuple[Tensor, str]] = []
+        self._named: Counter[tuple[str, str]] = Counter()
+        self._at_point(b, x)
+        return x, self._watched(b, "attn", attn), self._watched(b, "ffn", ffn)
+
+    def _leaving(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._watch_gradient(len(self.placements), output)
+        if self._watching:
+            self._at_point(len(self.placements), output)
+            self._outputs.clear()
+
+    def _watched(self, b: int, branch: str, sublayer: Sublayer) -> Sublayer:
+        def watched(x: Tensor) -> Tensor:
+            output = sublayer(x)
+            self._outputs.append((output, branch))
+            with apart(output):
+                self._add("branch", branch, b, output, power(output))
+            return output
+
+        return watched
+
+    def _at_site(
+        self, b: int, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not self._watching:
+            return
+        given = {**dict(zip(("x", "f"), args, strict=False)), **kwargs}
+        x, f = given["x"], given.get("f")
+        if f is None:
+            with apart(x):
+                self._add("variance", self._unique("site", name), b, x, power(x))
+            if branch := self._branch(x):  # a norm on the branch's output: what it returns is the branch
+                self._outputs.append((output, branch))
+            return
+        branch = self._branch(f)
+        with apart(x):
+            added = torch.stack((exact(x) * given.get("skip", 1.0), exact(f) * given.get("branch", 1.0))).flatten(1)
+            moments = added @ added.T / x.numel()  # ⟨skip²⟩, ⟨skip·branch⟩; ⟨branch·skip⟩, ⟨branch²⟩
+            site = f"{branch}_add" if name == "add" and branch else name
+            self._add("variance", self._unique("site", site), b, x, moments.sum())
+            if branch:
+                self._add("sum", self._unique("sum", branch), b, x, moments)
+
+    def _branch(self, x: Tensor) -> str:
+        return next((name for output, name in self._outputs if output is x), "")
+
+    def _unique(self, kind: str, name: str) -> str:
+        self._named[kind, name] += 1
+        count = self._named[kind, name]
+        return name if count == 1 else f"{name}_{count}"
+
+    def _at_point(self, point: int, x: Tensor) -> None:
+        with apart(x):
+            self._add("signal", "", point, x, power(x))
+            if x.ndim == 4:
+                self._add("signal_by_stream", "", point, x, power_by_stream(x))
+            stream = summed(x)
+            here, before = unit(stream), self._units[-1:]
+            self._add("token_cosine", "", point, x, token_cosine(here))
+            if before and point > 0:
+                self._add("layer_cosine", "", point - 1, x, (here * before[0]).sum(-1).mean())
+            self._units = [*(self._units if self._similarity and point > 0 else ()), here]
+            if self._rank or self._spectrum:
+                for quantity, value in zip(("spectrum", "rank"), spectrum(stream), strict=True):
+                    self._add(quantity, "", point, x, value)
+            if point == len(self.placements):
+                if self._similarity:
+                    units = torch.stack(self._units).flatten(1)
+                    self._add("similarity", "", 0, x, units @ units.T / tokens(x))
+                self._units = []
+
+    def _watch_gradient(self, point: int, x: Tensor) -> None:
+        means = self._means  # of this `with`, whenever backward comes
+
+        def measure(gradient: Tensor) -> None:
+            with apart(gradient):
+                means.add("gradient", "", point, power(summed(gradient)), tokens(gradient))
+                if gradient.ndim == 4:
+                    means.add("gradient_by_stream", "", point, power_by_stream(gradient), tokens(gradient))
+
+        # Reentrant checkpointing runs forward without gradients and hands them to the recomputation.
+        if torch.is_grad_enabled() and x.requires_grad:
+            x.register_hook(measure)
+
+    def _add(self, quantity: str, site: str, index: int, x: Tensor, mean: Tensor) -> None:
+        self._means.add(quantity, site, index, mean, tokens(x))
+
+    def record(self) -> Record:
+        """The means over everything measured since `with`. A collective where torch.distributed is initialized.
+
+        Every rank weighs by its tokens, and its gradient is that of its own loss.
+
+        Raises:
+            InputError: no forward pass ran inside `with`.
+        """
+        means = self._means.read()
+        depth = len(self.placements)
+        if len(means.get("signal", {}).get("", ())) <= depth:
+            raise InputError(
+                "nothing was measured: run a forward pass inside `with Probe(model)`, and of a compiled model probe "
+                "the module that was given to torch.compile, called itself."
+            )
+
+        def rows(quantity: str, of: Callable[[list[float]], float], count: int) -> dict[str, list[float]]:
+            return {
+                site: [of(values[i]) if i in values else math.nan for i in range(count)]
+                for site, values in means.get(quantity, {}).items()
+            }
+
+        def points(quantity: str, of: Callable[[list[float]], float]) -> list[float]:
+            return rows(quantity, of, depth + 1).get("", [math.nan] * (depth + 1))
+
+        def by_stream(quantity: str) -> list[list[float]]:
+            def rms_of(i: int) -> Callable[[list[float]], float]:
+                return lambda values: math.sqrt(values[i])
+
+            return [points(quantity, rms_of(i)) for i in range(2 if "signal_by_stream" in means else 0)]
+
+        return Record(
+            signal_rms=points("signal", lambda v: math.sqrt(v[0])),
+            gradient_rms=points("gradient", lambda v: math.sqrt(v[0])),
+            signal_rms_by_stream=by_stream("signal_by_stream"),
+            gradient_rms_by_stream=by_stream("gradient_by_stream"),
+            variance=rows("variance", lambda v: v[0], depth),
+            branch_rms=rows("branch", lambda v: math.sqrt(v[0]), depth),
+            added_rms=rows("sum", lambda v: math.sqrt(v[3]), depth),
+            rho=rows("sum", lambda v: v[1] / math.sqrt(v[0] * v[3]) if v[0] * v[3] else math.nan, depth),
+            token_cosine=points("token_cosine", lambda v: v[0]),
+            layer_cosine=rows("layer_cosine", lambda v: v[0], depth)[""],
+            similarity=_square(means["similarity"][""][0], depth + 1) if self._similarity else None,
+            effective_rank=points("rank", lambda v: v[0]) if self._rank else None,
+            spectrum=[means["spectrum"][""][point] for point in range(depth + 1)] if self._spectrum else None,
+        )
+
+
+def _square(flat: list[float], n: int) -> list[list[float]]:
+    rounded = [round(min(max(c, -1.0), 1.0), 4) if math.isfinite(c) else math.nan for c in flat]
+    return [rounded[i : i + n] for i in range(0, n * n, n)]
+
+
+def _recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass: activation checkpointing, which asks the same of torch."""
+    return torch._C._current_graph_task_id() != -1
