@@ -122,6 +122,77 @@ def placements(
         write_json(json_file, [asdict(e) for e in entries])
 
 
+Comma = "Comma-separated."
+Placements = Annotated[str, typer.Option("--placements", metavar="NAMES", help=f"Placements. {Comma}")]
+DepthRules = Annotated[
+    str, typer.Option("--depth-rules", metavar="RULES", help=f"Depth rules; `default` is the placement's own. {Comma}")
+]
+Depths = Annotated[str, typer.Option("--depths", metavar="BLOCKS", help=f"Depths in blocks. {Comma}")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON too.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them: .png or .svg.")]
+Sizes = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE]", help="Sizes, text and training; default a model of width 64."),
+]
+
+
+@app.command()
+def theory(
+    recipe: Sizes = None,
+    placements: Placements = "pre,post,span",
+    depth_rules: DepthRules = "none,default,1/sqrt(L)",
+    depths: Depths = "8,32,128",
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict signal and gradient at initialization, and say what they mean. Builds no model."""
+    from spannorm.lab import depth_check as lab
+    from spannorm.lab.depth_report import show
+
+    chosen = lab.stacks(
+        lab.sizes(recipe, overrides or ()), listed(placements), listed(depth_rules), numbers("--depths", depths)
+    )
+    show(chosen, lab.theory_of(chosen), json_file, plot)
+
+
+@app.command(name="depth-check")
+def depth_check(
+    recipe: Sizes = None,
+    placements: Placements = "pre,post,span",
+    depth_rules: DepthRules = "none,1/sqrt(L)",
+    depths: Depths = "8,32,128",
+    steps: Annotated[str, typer.Option("--steps", metavar="STEPS", help=f"When to measure. {Comma}")] = "0,20",
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Models per stack.")] = 1,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Hold the theory against real models, at init and after training, and say which placements will train."""
+    from spannorm.lab import depth_check as lab
+    from spannorm.lab.depth_report import progress, show
+
+    sized = lab.sizes(recipe, overrides or ())
+    chosen = lab.stacks(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
+    with progress(len(chosen)) as on_stack:
+        results = lab.depth_check(
+            chosen, steps=numbers("--steps", steps), seeds=seeds, data=Path("runs") / sized.name / "data",
+            on_stack=on_stack,
+        )  # fmt: skip
+    show(chosen, results, json_file, plot)
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in listed(text)]
+    except ValueError:
+        raise InputError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from None
+
+
 def run_files(paths: list[Path] | None) -> None:
     """Run the user's own files, which register placements."""
     import runpy

@@ -5,25 +5,22 @@ what it does: `skip_gradient`, `branch_shares`, `block_skip_costs`, `update_size
 """
 
 from spannorm.probes.experiments import (
-    BranchShares,
     UpdateSizes,
     block_skip_costs,
-    branch_shares,
     measure,
-    skip_gradient,
     update_sizes,
 )
+from spannorm.probes.paths import GradientPaths, gradient_paths
 from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
 
 __all__ = [
-    "BranchShares",
+    "GradientPaths",
     "Probe",
     "Record",
     "UpdateSizes",
     "block_skip_costs",
-    "branch_shares",
+    "gradient_paths",
     "measure",
-    "skip_gradient",
     "update_sizes",
 ]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from inspect import Parameter, signature
 from typing import Any
 
 from spannorm.theory.recursion import Block, Field
@@ -29,13 +30,17 @@ class Placement:
     switches: Callable[[int, Mapping[str, Any]], list[int]] = lambda num_layers, options: []
     """The blocks from which another equation holds, by depth and options."""
 
+    def options(self) -> list[str]:
+        """The names of the placement's own options."""
+        return [p.name for p in signature(self.block).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+
 
 def pre(b: Block, x: Field) -> tuple[Field, ...]:
     h = b.add(x, b.attn(b.norm("attn_norm", x)), branch=b.attn_scale)
     return (b.add(h, b.ffn(b.norm("ffn_norm", h)), branch=b.ffn_scale),)
 
 
-def post(b: Block, x: Field, *, alpha: float = 1.0) -> tuple[Field, ...]:
+def post(b: Block, x: Field, alpha: float = 1.0) -> tuple[Field, ...]:
     h = b.norm("attn_norm", b.add(x, b.attn(x), skip=alpha, branch=b.attn_scale))
     return (b.norm("ffn_norm", b.add(h, b.ffn(h), skip=alpha, branch=b.ffn_scale)),)
 
@@ -47,7 +52,7 @@ def span(b: Block, x: Field, *, initial_norm: str = "attention") -> tuple[Field,
 
 
 def deepnorm(b: Block, x: Field) -> tuple[Field, ...]:
-    return post(b, x, alpha=(2.0 * b.num_layers) ** 0.25)
+    return post(b, x, (2.0 * b.num_layers) ** 0.25)
 
 
 def keel(b: Block, x: Field, *, alpha: float | None = None) -> tuple[Field, ...]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from spannorm.errors import unknown
+from spannorm.errors import InputError, unknown
 from spannorm.scaling import depth_rule as work_out
 from spannorm.theory.body import Array, Body, Kernel, normalized
 from spannorm.theory.placements import PLACEMENTS
 from spannorm.theory.recursion import Block, Branch, Kernels, cross
 
-EXACT = 128
+EXACT = 256
 """Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of
 b/`STRETCH` blocks is worked out as two and continued as a geometric series."""
 STRETCH = 20
@@ -34,7 +35,7 @@ class Prediction:
     depth_rule: str
     num_layers: int
     blocks: tuple[int, ...]
-    """The blocks that were worked out: all of them up to 128."""
+    """The blocks that were worked out: all of them up to `EXACT`."""
     variance: Mapping[str, tuple[float, ...]]
     """Mean square over tokens and channels at each site: what the norm of that name reads, and `output`, what leaves
     the block. NaN where a block has no such norm."""
@@ -45,7 +46,8 @@ class Prediction:
     ffn_share: tuple[float, ...]
     """The like share of the feed-forward."""
     log_gradient: tuple[float, ...]
-    """ln of the gradient's RMS at the block's input, over that at the stack's output."""
+    """ln of the gradient's RMS at the block's input, over that at the stack's output. Of two streams it is the
+    gradient of a push on both at once."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
@@ -73,7 +75,18 @@ def predict(
     """
     if placement not in PLACEMENTS:
         raise unknown("placement in the theory", placement, PLACEMENTS)
-    theory, body = PLACEMENTS[placement], body or Body()
+    return _predict(placement, num_layers, depth_rule, body or Body(), tuple(sorted(options.items())))
+
+
+@cache
+def _predict(
+    placement: str, num_layers: int, depth_rule: str | None, body: Body, given: tuple[tuple[str, Any], ...]
+) -> Prediction:
+    theory, options = PLACEMENTS[placement], dict(given)
+    for option in options:
+        if option not in (own := theory.options()):
+            takes = f"it takes {', '.join(own)}." if own else "it takes none."
+            raise InputError(f"placement {placement!r} has no option {option!r}: {takes}")
     rule = work_out(theory.default_depth_rule if depth_rule is None else depth_rule, num_layers)
     entering = {(i, j): body.embedding() for i in range(theory.streams) for j in range(theory.streams)}
     if theory.embedding_norm(options):
@@ -108,11 +121,11 @@ def predict(
     gradient, shares = [], []
     for block, length, _ in reversed(stretches):
         arriving = kernels["total"]
-        power = _power(block.backward(arriving), body)
-        shares.append([1 - _power(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn")])
+        power = _meeting(block.backward(arriving), body)
+        shares.append([1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn")])
         for path in PATHS:
             logs[path] += _descend(block, kernels, path, length, rates, body)
-        gradient.append(logs["total"])
+        gradient.append(logs["total"] + 0.5 * math.log(_meeting(kernels["total"], body)))
     at_embedding = {path: logs[path] + 0.5 * math.log(_meeting(kernels[path], body)) for path in PATHS}
 
     names = dict.fromkeys(name for block, _, _ in stretches for name in block.sites)
@@ -132,6 +145,10 @@ def predict(
         total_attention_share=-math.expm1(2 * (at_embedding["without attention"] - at_embedding["total"])),
         total_ffn_share=-math.expm1(2 * (at_embedding["without ffn"] - at_embedding["total"])),
     )
+
+
+clear = _predict.cache_clear
+"""Forget every prediction made so far."""
 
 
 def _continued(first: Kernels, second: Kernels, third: Kernels, steps: int) -> Kernels:
@@ -195,7 +212,7 @@ def _power(kernels: Kernels, body: Body) -> float:
 
 
 def _meeting(kernels: Kernels, body: Body) -> float:
-    """Power of the gradient at the embedding, where the streams that started there meet."""
+    """Power of the gradient of a push on all streams at once, as the embedding gives it."""
     return body.positions.mean(sum(kernels.values(), np.zeros(1))[0])
 
 

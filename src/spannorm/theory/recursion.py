@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from spannorm.scaling import DepthRule
-from spannorm.theory.body import Array, Attention, Body, FeedForward, Kernel, outer
+from spannorm.theory.body import Array, Attention, Body, FeedForward, Kernel
 
 Field = dict[int, Array]
 """Leaf → its coefficient by position."""
@@ -26,10 +26,6 @@ Branch = Literal["attn", "ffn"]
 def cross(a: Array, b: Array) -> Kernel:
     """`a_t b_s` in a kernel's shape."""
     return np.concatenate([(a * b)[None], np.outer(a, b)])
-
-
-def transposed(k: Kernel) -> Kernel:
-    return np.concatenate([k[:1], k[1:].T])
 
 
 @dataclass
@@ -111,6 +107,8 @@ class Block:
     def leave(self, *outputs: Field) -> Kernels:
         """End the program with the streams that leave the block; their kernels."""
         self.outputs = list(outputs)
+        if len(outputs) == 1:
+            self.sites["output"] = self.body.positions.mean(self.covariance(outputs[0], outputs[0])[0])
         return {(i, j): self.covariance(a, b) for i, a in enumerate(outputs) for j, b in enumerate(outputs)}
 
     def backward(self, gradients: Kernels, without: tuple[Branch, ...] = ()) -> Kernels:
@@ -135,6 +133,3 @@ class Block:
                 arriving.append((n, n, sublayer.backward(g)))
         found = {(i, j): at(i, j) for i, j in self.streams}
         return {pair: k for pair, k in found.items() if k is not None}
-
-
-__all__ = ["Block", "Branch", "Field", "Kernels", "outer", "transposed"]

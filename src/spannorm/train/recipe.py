@@ -122,6 +122,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a mapping with the keys {', '.join(_names(Recipe))}.")
     raw.setdefault("name", path.stem)
+    return _overridden(raw, overrides)
+
+
+def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A recipe with `key=value` overrides laid over it."""
+    return _overridden(recipe.to_dict(), overrides)
+
+
+def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> Recipe:
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:

@@ -116,7 +116,7 @@ def _train(
     stop_with_parent: bool,
     begun: bool,
 ) -> dict[str, Any]:
-    _quiet()
+    quiet()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     tokens = prepare_data(recipe.data, data or out / "data")
@@ -271,7 +271,7 @@ def _result(
     }
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Transformers' bars and notices would tear the live table; its errors still come through."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,134 @@
+"""The gradient taken apart by the paths it runs on, block by block, so that it neither underflows nor fills memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.errors import InputError
+from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
+from spannorm.probes.statistics import power, summed
+
+PATHS: Mapping[str, tuple[str, ...]] = {
+    "total": (), "skip": ("attn", "ffn"), "without_attention": ("attn",), "without_ffn": ("ffn",),
+}  # fmt: skip
+"""The gradients that are followed, and the branches whose outputs each finds detached."""
+
+
+@dataclass(frozen=True)
+class GradientPaths:
+    """Gradients at the L blocks' inputs, over that at the stack's output; amplitudes, RMS over tokens and channels.
+
+    Of two residual streams, the gradient is that of a push on both at once, which is what the embedding gives.
+    """
+
+    log_gain: dict[str, list[float]]
+    """ln of the gain from the output to block b's input: of the `total` gradient, of the `skip` path alone (both
+    branches detached in all blocks), `without_attention` and `without_ffn`."""
+    attention_share: list[float]
+    """‖g − g₋‖²/‖g‖² with g the gradient at the block's input and g₋ what the same gradient at its output gives when
+    attention's output is detached: the part of the power that passed attention, where paths are uncorrelated."""
+    ffn_share: list[float]
+    """The like of the feed-forward. In SpanNorm attention's path runs inside the FFN's and counts in both."""
+
+    def share(self, path: str) -> float:
+        """End to end, the share of the power at the embedding that a path without a branch does not carry."""
+        return -math.expm1(2 * (self.log_gain[path][0] - self.log_gain["total"][0]))
+
+
+def gradient_paths(model: nn.Module, loss_of: Callable[[], Tensor]) -> GradientPaths:
+    """Follow the gradient from the stack's output to its input, whole and with branches detached.
+
+    The forward pass is the true one. Backward runs one block at a time from recorded inputs, and the gradient is
+    brought to unit RMS between blocks, its logarithm kept: a thousand blocks need the memory of one.
+
+    Args:
+        model: holds a whole stack of placements; no dropout (evaluation mode), no cache.
+        loss_of: computes the mean loss through the model.
+
+    Raises:
+        InputError: a block run again gives another output: dropout is on, or a cache remembers the first run.
+    """
+    placements = list(find_placements(model).values())
+    given: list[tuple[Tensor, Sublayer, Sublayer]] = []
+    outputs: list[dict[str, Tensor]] = []
+    top: list[Tensor] = []
+
+    def before(_: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:
+        given.append((x.detach(), attn, ffn))
+        outputs.append({})
+        return x, _noting(attn, outputs[-1], "attn"), _noting(ffn, outputs[-1], "ffn")
+
+    def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        top.append(output.detach().requires_grad_())
+        return top[0]
+
+    handle = placements[-1].register_forward_hook(cut)
+    try:
+        with intercepting(placements, before), torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss_of(), top)
+    finally:
+        handle.remove()
+
+    size = _rms(gradient)
+    gradients = dict.fromkeys(PATHS, gradient / size)
+    scale = dict.fromkeys(PATHS, 0.0)
+    log_gain: dict[str, list[float]] = {path: [] for path in PATHS}
+    shares: dict[str, list[float]] = {"attn": [], "ffn": []}
+    result = top[0].detach()
+    for placement, (x, attn, ffn), kept in zip(reversed(placements), reversed(given), reversed(outputs), strict=True):
+        leaf = x.requires_grad_()
+        arriving = gradients["total"]
+        below: dict[str, Tensor] = {}
+        for path, detached in PATHS.items():
+            # a detached branch is not run again: its output is replayed
+            branches = (_replayed(kept[name]) if name in detached else f for name, f in (("attn", attn), ("ffn", ffn)))
+            with torch.enable_grad():
+                output = placement(leaf, *branches)
+            if not torch.allclose(output.detach(), result, rtol=1e-3, atol=1e-3 * _rms(result)):
+                raise InputError(
+                    f"block {placement.layer_idx} gives another output when it is run again: put the model in "
+                    "evaluation mode and turn its cache off (`use_cache=False`)."
+                )
+            below[path] = torch.autograd.grad(output, leaf, gradients[path], retain_graph=len(detached) == 1)[0]
+            if len(detached) == 1:
+                without = torch.autograd.grad(output, leaf, arriving)[0]
+                whole = summed(below["total"])
+                shares[detached[0]].append((power(whole - summed(without)) / power(whole)).item())
+        result = x.detach()
+        for path, g in below.items():
+            size = _rms(g)
+            scale[path] += _log(size)
+            gradients[path] = g / max(size, 1e-300)
+            log_gain[path].append(scale[path] + _log(_rms(summed(gradients[path]))))
+    return GradientPaths(
+        log_gain={path: values[::-1] for path, values in log_gain.items()},
+        attention_share=shares["attn"][::-1],
+        ffn_share=shares["ffn"][::-1],
+    )
+
+
+def _noting(sublayer: Sublayer, outputs: dict[str, Tensor], name: str) -> Sublayer:
+    def noting(x: Tensor) -> Tensor:
+        output = sublayer(x)
+        outputs[name] = output.detach()
+        return output
+
+    return noting
+
+
+def _replayed(output: Tensor) -> Sublayer:
+    return lambda x: output
+
+
+def _rms(x: Tensor) -> float:
+    return power(x.double()).sqrt().item()
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

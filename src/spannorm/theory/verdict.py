@@ -1,0 +1,79 @@
+"""What a prediction means, in words that follow from its numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spannorm.theory.body import Body
+from spannorm.theory.placements import PLACEMENTS
+from spannorm.theory.predict import Prediction, predict
+
+FACTOR = 2.0
+"""A stack keeps its gradient when input and output differ by no more."""
+
+Kind = Literal["keeps", "grows", "shrinks", "explodes", "decays"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a stack's gradient gets from its output to its input at initialization."""
+
+    kind: Kind
+    """`keeps`: within a factor 2 end to end. `grows`, `shrinks`: beyond it, slower than exponentially in depth.
+    `explodes`, `decays`: exponentially."""
+    from_depth: int | None
+    """The least depth at which the placement under this rule leaves the factor 2; None if this one keeps it."""
+    words: str
+
+
+def verdict(p: Prediction, body: Body | None = None, **options: Any) -> Verdict:
+    """Judge a prediction; `body` and `options` are those it was made with.
+
+    Exponential means: twice the depth has at least 1.6 times the logarithm.
+    """
+    gain = p.log_total_gain
+    if abs(gain) <= math.log(FACTOR):
+        return Verdict("keeps", None, f"keeps the gradient within a factor {FACTOR:g} ({times(gain)}){_skip(p)}")
+
+    def log_gain(depth: int) -> float:
+        return predict(p.placement, depth, depth_rule=p.depth_rule, body=body, **options).log_total_gain
+
+    fast = p.num_layers >= 4 and abs(gain) >= 1.6 * abs(log_gain(p.num_layers // 2))
+    kind: Kind = ("explodes" if fast else "grows") if gain > 0 else ("decays" if fast else "shrinks")
+    held, left = 0, p.num_layers
+    while left - held > 1:
+        middle = (held + left) // 2
+        held, left = (held, middle) if abs(log_gain(middle)) > math.log(FACTOR) else (middle, left)
+    words = f"the gradient {kind} {times(gain)}, beyond a factor {FACTOR:g} from {left} blocks on{_skip(p)}"
+    return Verdict(kind, left, words)
+
+
+def _skip(p: Prediction) -> str:
+    if abs(p.log_skip_gain) <= math.log(FACTOR):
+        return ""
+    return f"; the skip path alone {'decays' if p.log_skip_gain < 0 else 'grows'} {times(p.log_skip_gain)}"
+
+
+def advised_rule(placement: str, num_layers: int, body: Body | None = None, **options: Any) -> str | None:
+    """Of the placement's own rule, none, 1/√(2L), 1/√L and 1/L: the one that keeps the gradient within a factor 2 and
+    lets the branches carry most of it. None if no rule keeps it."""
+    own = PLACEMENTS[placement].default_depth_rule
+    best: tuple[float, str] | None = None
+    for rule in dict.fromkeys((own, "none", "1/sqrt(L)", "1/sqrt(2L)", "1/L")):
+        p = predict(placement, num_layers, depth_rule=rule, body=body, **options)
+        if abs(p.log_total_gain) <= math.log(FACTOR):
+            share = p.total_attention_share + p.total_ffn_share
+            if best is None or share > best[0] + 0.01:
+                best = share, rule
+    return best and best[1]
+
+
+def times(log_gain: float) -> str:
+    """A gain in words: ×1.3, ×4·10⁵."""
+    if abs(log_gain) < math.log(1e4):
+        return f"×{math.exp(log_gain):.3g}"
+    exponent = log_gain / math.log(10)
+    whole = math.floor(exponent)
+    return f"×{10 ** (exponent - whole):.0f}·10" + str(whole).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
