@@ -52,6 +52,11 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
     assert "parallel" not in PLACEMENTS, "a user's file changes nothing outside its own process"
 
 
+def test_the_page_on_probes_runs_as_printed() -> None:
+    (code,) = blocks((DOCS / "probes.md").read_text(encoding="utf-8"), "python")
+    exec(code, {})
+
+
 def test_the_list_of_placements_names_them_all_and_writes_json(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spannorm", "placements", "--json", str(tmp_path / "list.json")]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)

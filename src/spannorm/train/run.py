@@ -4,7 +4,7 @@ A run's folder:
 
     run.json        the resolved recipe, the model's full configuration, versions, machine, data hash
     records.jsonl   every optimizer step            (see recorder.py)
-    probes.jsonl    signal and gradient by layer
+    probes.jsonl    signal, gradient, correlation, rank by layer
     checkpoint-N/   the last two, complete or ignored (see checkpoints.py)
     model/          the trained model with its tokenizer, for `from_pretrained`
     tensorboard/    for `tensorboard --logdir`
