@@ -74,10 +74,16 @@ class SpanNormPreTrainedModel(PreTrainedModel):
             if name.partition(".mlp.")[0] in other:
                 kind = "mixtures of experts" if model.config.num_experts else "dense feed-forwards"
                 raise InputError(
-                    f"the configuration asks for {kind} where the checkpoint has none ({name} is missing): load it with "
-                    "the configuration it was saved with."
+                    f"the configuration asks for {kind} where the checkpoint has none ({name} is missing): load it "
+                    "with the configuration it was saved with."
                 )
         return (model, info) if wanted else model
+
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not go to; the rest are active."""
+        experts, k = self.config.num_experts, self.config.num_experts_per_tok
+        held = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return held // experts * (experts - k) if experts else 0
 
     def init_plan(self) -> dict[str, Draw]:
         """How every parameter is to be drawn, by this model's configuration."""
