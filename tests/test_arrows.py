@@ -13,7 +13,7 @@ import pytest
 import spannorm
 
 ROOT = Path(spannorm.__file__).parent
-CORE = ("errors", "scaling", "shapes", "norms", "placements", "init")
+CORE = ("errors", "scaling", "shapes", "norms", "placements", "init", "routing")
 
 # What each file of the core may import, from the package and from outside (the standard library is free to all).
 MAY_IMPORT = {
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "norms": (("errors", "shapes"), ("torch",)),
     "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
     "init": (("errors", "scaling", "placements"), ("torch",)),
+    "routing": ((), ("torch",)),
 }
 
 # Rooms, and the rooms they must not look into: those that stand on them.

@@ -12,16 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEALTH = (
-    "router_aux_loss",
-    "router_z_loss",
-    "router_entropy",
-    "router_logit_rms",
-    "max_violation",
-    "dead_experts",
-)
-"""What is recorded at every step; the last four are `RoutingRecord.summary`'s."""
-
 
 def load_balancing_loss(logits: Tensor, top_k: int, counted: Tensor) -> Tensor:
     """`E·Σ_i f_i·P_i` of each sequence (sequences,): 1 where the load is even, E/k where k experts take it all.

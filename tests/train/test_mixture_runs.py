@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 from spannorm.errors import Stopped
 from spannorm.models import SpanNormForCausalLM
-from spannorm.routing import HEALTH
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine, arguments
+from spannorm.train.health import ROUTING
 from spannorm.train.recipe import Recipe, TrainRecipe
 from spannorm.train.run import model_config, train
 
@@ -44,7 +44,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_a_run_records_the_routers_health(finished: Path) -> None:
     for record in lines(finished / "records.jsonl"):
-        assert record.keys() >= set(HEALTH)
+        assert record.keys() >= set(ROUTING)
         assert 2.0 <= record["router_aux_loss"] <= 4.0, "two layers, 1 each where even, E/k at worst"
         assert 0 < record["router_entropy"] <= math.log(4)
         assert 0 <= record["max_violation"] <= 1 and 0 <= record["dead_experts"] <= 4
@@ -57,7 +57,7 @@ def test_a_run_records_the_routers_health(finished: Path) -> None:
     # 2 of 4 experts of 3·32·32 parameters rest, in two layers
     assert result["parameters"] - result["active_parameters"] == 2 * 2 * 3 * 32 * 32
     board = EventAccumulator(str(finished / "tensorboard")).Reload()
-    assert {f"train/{name}" for name in HEALTH} <= set(board.Tags()["scalars"])
+    assert {f"train/{name}" for name in ROUTING} <= set(board.Tags()["scalars"])
 
 
 def test_the_recorded_loss_is_the_cross_entropy_alone(mixture: Recipe, tokens: TokenData, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a run writes down as it goes, and when it stops. Everything else reads these files, never the process.
 
 records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds; of a mixture of experts also
-                what `spannorm.routing.HEALTH` lists
+                what `spannorm.train.health.ROUTING` lists
 probes.jsonl    one line per probe: step and a `LayerRecord`; of a mixture of experts also `routing`, a `RoutingRecord`
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spannorm.files import append_json, read_jsonl, write_text
-from spannorm.routing import HEALTH
+from spannorm.train.health import ROUTING
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 
@@ -97,7 +97,7 @@ class Recorder(TrainerCallback):
             "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "seconds": round(self._seconds, 6),
-            **{name: logs[name] for name in HEALTH if name in logs},
+            **{name: logs[name] for name in ROUTING if name in logs},
         }
         append_json(self.folder / RECORDS, record)
         self.on_step(record)
