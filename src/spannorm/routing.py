@@ -14,28 +14,32 @@ from torch import Tensor
 
 
 def load_balancing_loss(logits: Tensor, top_k: int, counted: Tensor) -> Tensor:
-    """`E·Σ_i f_i·P_i` of each sequence (sequences,): 1 where the load is even, E/k where k experts take it all.
+    """`E·Σ_i f_i·P_i` of each sequence: 1 where the load is even, E/k where k experts take it all.
 
     f_i is expert i's share of the sequence's k·T assignments, P_i the mean of p_i over its T tokens (Switch
     Transformers, arXiv 2101.03961, Eqs. 4–6, with f divided by k).
 
     Args:
-        logits: (sequences, tokens, E).
+        logits: (…, sequences, tokens, E).
         counted: (sequences, tokens), 1 for a token, 0 for padding.
     """
     p = logits.softmax(-1)
-    chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, dim=-1).indices, 1.0)
-    return logits.shape[-1] / top_k * (_mean(chosen, counted) * _mean(p, counted)).sum(-1)
+    return logits.shape[-1] / top_k * (_mean(_chosen(p, top_k), counted) * _mean(p, counted)).sum(-1)
 
 
 def router_z_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """Mean over each sequence's tokens of `(log Σ_i exp logit_i)²` (sequences,) (ST-MoE, arXiv 2202.08906, Eq. 5)."""
+    """Mean over each sequence's tokens of `(log Σ_i exp logit_i)²` (ST-MoE, arXiv 2202.08906, Eq. 5)."""
     return _mean(logits.logsumexp(-1, keepdim=True).square(), counted).squeeze(-1)
 
 
+def _chosen(scores: Tensor, top_k: int) -> Tensor:
+    """1 for each token's k highest scores, 0 elsewhere."""
+    return torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)
+
+
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
-    """(sequences, tokens, n) → mean over the tokens that count (sequences, n)."""
-    return torch.einsum("stn,st->sn", x, counted) / counted.sum(1, keepdim=True).clamp_min(1)
+    """(…, sequences, tokens, n) → mean over the tokens that count (…, sequences, n)."""
+    return (x * counted.unsqueeze(-1)).sum(-2) / counted.sum(-1, keepdim=True).clamp_min(1)
 
 
 def auxiliary_losses(
@@ -55,13 +59,11 @@ def auxiliary_losses(
     """
     if scope == "batch":
         counted, weights = counted.reshape(1, -1), weights.sum(0, keepdim=True)
-    balance, z = [], []
-    for logits in router_logits:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(0, counted.shape)
-        mask = counted.to(logits)
-        balance.append(load_balancing_loss(logits, top_k, mask) @ weights.to(logits))
-        z.append(router_z_loss(logits, mask) @ weights.to(logits))
-    return torch.stack(balance).sum(), torch.stack(z).sum()
+    logits = torch.stack(list(router_logits)).unflatten(1, counted.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    mask, weights = counted.to(logits), weights.to(logits)
+    balance, z = load_balancing_loss(logits, top_k, mask), router_z_loss(logits, mask)
+    return (balance * weights).sum(), (z * weights).sum()
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ class RoutingMeter:
     @torch.no_grad()
     def add(self, router_logits: Sequence[Tensor]) -> None:
         """Take in one forward pass: L times (tokens, E)."""
-        logits = torch.stack([layer.detach().double() for layer in router_logits])
-        log_p = logits.log_softmax(-1)
-        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(self.top_k, dim=-1).indices, 1.0)
-        rest = [-(log_p.exp() * log_p).sum((1, 2)), logits.square().sum((1, 2)), chosen.sum((1, 2)) / self.top_k]
-        sums = torch.cat([chosen.sum(1), torch.stack(rest, dim=1)], dim=1)
+        layers = []
+        for logits in router_logits:
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            counts = _chosen(log_p, self.top_k).sum(0)
+            entropy, square = -(log_p.exp() * log_p).sum(), logits.square().sum()
+            layers.append(torch.cat([counts, torch.stack([entropy, square, counts.sum() / self.top_k])]))
+        sums = torch.stack(layers).double()
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self) -> RoutingRecord:
