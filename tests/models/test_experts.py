@@ -103,6 +103,33 @@ def test_a_mixture_is_the_loop_over_tokens_in_outputs_and_gradients(moe_config, 
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+def mean_square_weight(experts: int) -> float:
+    """E[w₁² + w₂²] of the two highest of E independent N(0, 1) logits, renormalized: they are σ(±Δ), Δ their gap, of
+    density E(E−1)·∫φ(x)φ(x+Δ)Φ(x)^(E−2) dx."""
+    x, gap = torch.linspace(-8, 8, 801).double(), torch.linspace(0, 10, 501).double()
+
+    def phi(t: Tensor) -> Tensor:
+        return (-t * t / 2).exp() / math.sqrt(2 * math.pi)
+
+    below = (0.5 * (1 + torch.erf(x / math.sqrt(2)))) ** (experts - 2)
+    density = experts * (experts - 1) * torch.trapezoid(phi(x) * phi(x + gap[:, None]) * below, x, dim=1)
+    assert torch.trapezoid(density, gap).item() == pytest.approx(1.0, abs=1e-3)
+    return 0.5 * (1 + torch.trapezoid(density * (gap / 2).tanh() ** 2, gap).item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [8, 32])
+def test_at_init_a_mixtures_variance_is_the_mean_square_weight_times_an_experts(moe_config, experts):
+    # v_f = E[silu(z)²] = 0.35578 of a SwiGLU with fan-in init; experts are uncorrelated
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": experts, "num_hidden_layers": 1}
+    variances = []
+    for seed in range(4):
+        model = SpanNormForCausalLM(moe_config(**sizes, depth_rule="none", init_seed=seed))
+        x = F.rms_norm(torch.randn(1, 1024, 128), (128,))
+        variances.append(model.model.layers[0].mlp(x).square().mean().item())
+    assert sum(variances) / 4 == pytest.approx(0.35578 * mean_square_weight(experts), rel=0.03)
+
+
 @pytest.mark.parametrize("shared", [None, 10])
 @pytest.mark.parametrize("placement", ["span", "subln"])
 def test_grouped_mm_and_eager_agree_in_outputs_and_gradients(moe_config, placement, shared):

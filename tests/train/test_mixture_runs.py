@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from spannorm.errors import Stopped
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
+from spannorm.train.display import Board, Row
 from spannorm.train.engine import Engine, arguments
 from spannorm.train.health import ROUTING
 from spannorm.train.recipe import Recipe, TrainRecipe
@@ -58,6 +60,27 @@ def test_a_run_records_the_routers_health(finished: Path) -> None:
     assert result["parameters"] - result["active_parameters"] == 2 * 2 * 3 * 32 * 32
     board = EventAccumulator(str(finished / "tensorboard")).Reload()
     assert {f"train/{name}" for name in ROUTING} <= set(board.Tags()["scalars"])
+
+
+def test_the_live_table_has_the_routers_health_beside_dense_runs(
+    mixture: Recipe, recipe: Recipe, finished: Path
+) -> None:
+    rows = [Row.of(r, model_config(r)) for r in (mixture, recipe)]
+
+    def table() -> str:
+        console = Console(width=200)
+        with console.capture() as captured:
+            console.print(Board("title", rows, console).render())
+        return captured.get()
+
+    assert "dead experts" not in table(), "no mixture has a record yet"
+    records = lines(finished / "records.jsonl")
+    rows[0].add(records)
+    head, sparse, dense = (line for line in table().splitlines() if "placement" in line or "span" in line)
+    assert "max violation" in head and "dead experts" in head
+    assert f" {records[-1]['max_violation']:.3f} " in sparse
+    assert sparse.split()[-2:] == [str(records[-1]["dead_experts"]), "waiting"]
+    assert dense.split()[-3:] == ["–", "–", "waiting"]
 
 
 def test_the_recorded_loss_is_the_cross_entropy_alone(mixture: Recipe, tokens: TokenData, tmp_path: Path) -> None:
