@@ -277,10 +277,7 @@ def test_mixtures_of_experts_have_their_routers_drawn_and_dense_arms_none(tmp_pa
     comparison(tmp_path, [*THREE, arm("span", "none", val_loss=1.85, active_parameters=900_000)])
     for job in (tmp_path / "jobs").iterdir():
         if job.name.startswith(("span-none", "post")):
-            for file, more in (
-                ("records", dict.fromkeys(names, 1.0)),
-                ("probes", {"routing": {"load": [[0.5, 0.5]] * 3}}),
-            ):
+            for file, more in added.items():
                 path = job / f"{file}.jsonl"
                 lines = [{**json.loads(line), **more} for line in path.read_text().splitlines()]
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines))
