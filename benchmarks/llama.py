@@ -50,13 +50,12 @@ def build(name: str, depth: int) -> torch.nn.Module:
     return SpanNormForCausalLM(SpanNormConfig(placement=name, **sizes))
 
 
-def measure(depth: int, names: list[str], rounds: int, steps: int) -> dict[str, float]:
+def measure(models: dict[str, torch.nn.Module], rounds: int, steps: int) -> dict[str, float]:
     """Median tokens per second of each model, trained in turns."""
     ids = torch.randint(0, 256, (steps * BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     recipe = TrainRecipe(steps=steps, batch_size=BATCH, warmup_steps=1, checkpoint_every=10**9)
-    timers = {name: Timer() for name in names}
-    models = {name: build(name, depth) for name in names}
+    timers = {name: Timer() for name in models}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             for name, model in models.items():
@@ -81,7 +80,8 @@ def main() -> None:
     rows = []
     print(f"{'blocks':>6}  {'model':6}  {'tokens/s':>9}  ours / Llama")
     for depth in (4, 32):
-        speeds = measure(depth, ["llama", "pre", "post", "span"], options.rounds, options.steps)
+        models = {name: build(name, depth) for name in ("llama", "pre", "post", "span")}
+        speeds = measure(models, options.rounds, options.steps)
         for name, speed in speeds.items():
             rows.append({"depth": depth, "model": name, "tokens_per_second": speed, "ratio": speed / speeds["llama"]})
             print(f"{depth:6}  {name:6}  {speed:9,.0f}  {speed / speeds['llama']:.3f}")

@@ -13,7 +13,7 @@ import pytest
 import spannorm
 
 ROOT = Path(spannorm.__file__).parent
-CORE = ("errors", "scaling", "shapes", "norms", "placements", "init", "probes")
+CORE = ("errors", "scaling", "shapes", "norms", "placements", "init", "routing", "theory", "probes")
 
 # What each file of the core may import, from the package and from outside (the standard library is free to all).
 MAY_IMPORT = {
@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "norms": (("errors", "shapes"), ("torch",)),
     "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
     "init": (("errors", "scaling", "placements"), ("torch",)),
+    "routing": ((), ("torch",)),
+    "theory": (("errors", "scaling"), ("numpy",)),
     "probes": (("errors",), ("torch",)),
 }
 

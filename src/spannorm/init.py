@@ -28,8 +28,19 @@ ROLE_OF_MODULE: dict[str, Role] = {
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
+    "gate": "router",
 }
-ROLE_OF_PARAMETER: dict[str, Role] = {"attn_scale": "gain", "ffn_scale": "gain", "head_scale": "norm", "bias": "bias"}
+ROLE_OF_PARAMETER: dict[str, Role] = {
+    "attn_scale": "gain",
+    "ffn_scale": "gain",
+    "head_scale": "norm",
+    "bias": "bias",
+    # Of all experts at once, (experts, fan-out, fan-in); gate and up, one above the other, have one std in every rule.
+    "gate_up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+FUSED: dict[str, int] = {"gate_up_proj": 2}
+"""How many matrices a parameter stacks along its fan-out."""
 
 NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "gain", "embedding"})
 
@@ -96,6 +107,7 @@ def init_plan(
     plan = {}
     for name, parameter, role, rule in _named_roles(model):
         fan_out, fan_in = parameter.shape[-2:] if parameter.ndim > 1 else (1, 1)
+        fan_out //= FUSED.get(name.rpartition(".")[2], 1)
         sigma = base_std(
             role, fan_in, fan_out, width=width, base_init=base_init, initializer_range=initializer_range, tied=tied
         )
@@ -169,8 +181,9 @@ class InitReceipt:
 def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
     """Hold a freshly drawn model against its plan.
 
-    A drawn tensor of n elements passes when its mean and std lie within five standard errors, σ/√n and σ/√(2n), plus
-    the rounding of its dtype; a constant must be constant.
+    A drawn matrix of n elements passes when its mean and std lie within five standard errors, σ/√n and σ/√(2n), plus
+    the rounding of its dtype; a constant must be constant. Of a parameter that holds many matrices (all experts') each
+    must pass, and the row shows the one that is farthest off.
 
     Raises:
         InputError: the model is still on meta device and has no values to hold.
@@ -181,14 +194,15 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
             raise InputError(
                 f"{name} is on meta device: call to_empty and init_weights_ before asking for the receipt."
             )
-        draw, n = plan[name], parameter.numel()
-        value = parameter.double()
-        mean, std = value.mean().item(), value.std(correction=0).item()
-        rounding = 2 * torch.finfo(parameter.dtype).eps
-        mean_off = 5 * draw.std / n**0.5 + rounding * max(abs(draw.mean), draw.std)
-        std_off = 5 * draw.std / (2 * n) ** 0.5 + rounding * max(abs(draw.mean), draw.std)
-        ok = abs(mean - draw.mean) <= mean_off and abs(std - draw.std) <= std_off
-        rows.append(ReceiptRow(name, tuple(parameter.shape), draw, mean, std, ok))
+        draw, matrices = plan[name], parameter.shape[0] if parameter.ndim == 3 else 1
+        value = parameter.double().reshape(matrices * FUSED.get(name.rpartition(".")[2], 1), -1)
+        means, stds, n = value.mean(1), value.std(1, correction=0), value.shape[1]
+        rounding = 2 * torch.finfo(parameter.dtype).eps * max(abs(draw.mean), draw.std)
+        mean_off = (means - draw.mean).abs() - 5 * draw.std / n**0.5 - rounding
+        std_off = (stds - draw.std).abs() - 5 * draw.std / (2 * n) ** 0.5 - rounding
+        off, worst = torch.maximum(mean_off, std_off).max(0)
+        mean, std = means[worst].item(), stds[worst].item()
+        rows.append(ReceiptRow(name, tuple(parameter.shape), draw, mean, std, off.item() <= 0))
     return InitReceipt(tuple(rows))
 
 

@@ -271,6 +271,25 @@ def test_hostile_words_stay_words(tmp_path):
     assert evil in page.text and "49" not in page.words.split()
 
 
+def test_mixtures_of_experts_have_their_routers_drawn_and_dense_arms_none(tmp_path):
+    names = ("router_aux_loss", "router_z_loss", "router_entropy", "router_logit_rms", "max_violation", "dead_experts")
+    added = {"records": dict.fromkeys(names, 1.0), "probes": {"routing": {"load": [[0.5, 0.5]] * 3}}}
+    comparison(tmp_path, [*THREE, arm("span", "none", val_loss=1.85, active_parameters=900_000)])
+    for job in (tmp_path / "jobs").iterdir():
+        if job.name.startswith(("span-none", "post")):
+            for file, more in added.items():
+                path = job / f"{file}.jsonl"
+                lines = [{**json.loads(line), **more} for line in path.read_text().splitlines()]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(draw_report(tmp_path))
+    figures = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert figures == FIGURES | {"router_health", "expert_load"}
+    for figure in ("router_health", "expert_load"):
+        svg = (tmp_path / "figures" / f"{figure}.svg").read_text()
+        assert "post" in svg and "1/sqrt(L):forward" not in svg, "PreNorm and one SpanNorm are dense"
+    assert "900 k active" in page.words
+
+
 def test_drawing_needs_neither_transformers_nor_a_display(tmp_path):
     comparison(tmp_path, THREE)
     code = (

@@ -11,8 +11,10 @@ from equation_stack import DEPTH, RULES, Block, EquationStack, rms, summed
 from torch import Tensor, nn
 from zoo_equations import EPS, WIDTH
 
+from spannorm.errors import InputError
 from spannorm.placements import PLACEMENTS
-from spannorm.probes import block_skip_costs, branch_shares, measure, skip_gradient, update_sizes
+from spannorm.probes import block_skip_costs, gradient_paths, measure, update_sizes
+from spannorm.probes.paths import PATHS
 
 close = {"rel": 1e-10, "abs": 1e-12}
 
@@ -22,11 +24,20 @@ def stack(request: pytest.FixtureRequest) -> EquationStack:
     return EquationStack(*request.param)
 
 
-@pytest.mark.parametrize("detached", [("attn", "ffn"), ("attn",), ("ffn",)], ids=" ".join)
-def test_the_skip_path_is_the_equation_with_its_branches_detached(stack: EquationStack, detached: tuple) -> None:
-    points = stack.points(**{branch: Tensor.detach for branch in detached})
-    expected = [rms(summed(g)) for g in stack.gradients(points)]
-    assert skip_gradient(stack.blocks, stack.loss, detached=detached) == pytest.approx(expected, **close)
+def logs(gradients: list[float]) -> list[float]:
+    """ln of the gain from the last of L+1 points to each of the others."""
+    return [math.log(g / gradients[-1]) for g in gradients[:-1]]
+
+
+def test_each_path_is_the_equation_with_its_branches_detached(stack: EquationStack) -> None:
+    found = gradient_paths(stack.blocks, stack.loss)
+    assert list(found.log_gain) == list(PATHS)
+    for path, detached in PATHS.items():
+        points = stack.points(**{branch: Tensor.detach for branch in detached})
+        expected = logs([rms(summed(g)) for g in stack.gradients(points)])
+        assert found.log_gain[path] == pytest.approx(expected, **close), path
+    whole, without = found.log_gain["total"][0], found.log_gain["without_ffn"][0]
+    assert found.share("without_ffn") == pytest.approx(1 - math.exp(2 * without) / math.exp(2 * whole))
 
 
 @pytest.mark.parametrize("name", ["post", "span"])
@@ -47,16 +58,36 @@ def test_the_skip_path_divides_by_the_norms_input_and_projects(name: str) -> Non
             g = g * case.leaves[f"{site}.weight"].detach()
             g = (g - z / s * (z / s * g).mean(-1, keepdim=True)) / s
         expected.append(rms(g))
-    assert skip_gradient(stack.blocks, stack.loss) == pytest.approx(expected[::-1], rel=1e-9)
+    assert gradient_paths(stack.blocks, stack.loss).log_gain["skip"] == pytest.approx(logs(expected[::-1]), rel=1e-9)
 
 
 def test_prenorms_skip_path_carries_the_gradient_unchanged() -> None:
-    found = skip_gradient((stack := EquationStack("pre")).blocks, stack.loss)
-    assert found == pytest.approx([found[-1]] * (DEPTH + 1), **close)
+    found = gradient_paths((stack := EquationStack("pre")).blocks, stack.loss)
+    assert found.log_gain["skip"] == pytest.approx([0.0] * DEPTH, **close)
+
+
+def test_a_gradient_that_fp32_cannot_hold_is_followed_all_the_same() -> None:
+    """Unscaled PostNorm's skip path: after 400 blocks e^-300 is left, and fp32 ends at e^-103."""
+    stack = EquationStack("post", "none", depth=400)
+    whole = gradient_paths(stack.blocks, stack.loss).log_gain["skip"]
+    stack.blocks.float()
+    stack.x, stack.target = stack.x.detach().float(), stack.target.float()
+    for case in stack.cases:
+        case.leaves = {name: leaf.float() for name, leaf in case.leaves.items()}
+    assert whole[0] < -110
+    # so deep, fp32 and fp64 see other tokens; the norms' statistics are alike
+    assert gradient_paths(stack.blocks, stack.loss).log_gain["skip"][0] == pytest.approx(whole[0], rel=0.05)
+
+
+def test_a_block_that_does_not_repeat_is_refused() -> None:
+    stack = EquationStack("span")
+    noisy = nn.Sequential(*(Block(b.placement, nn.Dropout(0.5), b.sublayers[1]) for b in stack.blocks))
+    with pytest.raises(InputError, match="use_cache=False"):
+        gradient_paths(noisy, lambda: stack.loss_at(noisy(stack.x)))
 
 
 def test_shares_are_what_cutting_the_branch_takes_away(stack: EquationStack) -> None:
-    shares = branch_shares(stack.blocks, stack.loss)
+    shares = gradient_paths(stack.blocks, stack.loss)
     points = stack.points()
     gradients = stack.gradients(points)
     for b, point in enumerate(points[:-1]):
@@ -110,12 +141,12 @@ def test_a_frozen_stack_has_gradients_all_the_same() -> None:
     stack.blocks.requires_grad_(False)
     stack.x = stack.x.detach()
     assert measure(stack.blocks, stack.loss).gradient_rms == pytest.approx(expected, **close)
-    assert branch_shares(stack.blocks, stack.loss).ffn_share[0] > 0
+    assert gradient_paths(stack.blocks, stack.loss).ffn_share[0] > 0
 
 
 def test_a_branch_that_ignores_its_input_has_no_share() -> None:
     stack = EquationStack("pre")
     constant = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
     silent = nn.Sequential(*(Block(b.placement, lambda x: constant.expand_as(x), b.sublayers[1]) for b in stack.blocks))
-    shares = branch_shares(silent, lambda: stack.loss_at(silent(stack.x)))
+    shares = gradient_paths(silent, lambda: stack.loss_at(silent(stack.x)))
     assert shares.attention_share == [0.0] * DEPTH and min(shares.ffn_share) > 0

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from spannorm.placements import PLACEMENTS, build_placement
-from spannorm.probes import Probe, Record, block_skip_costs, branch_shares, measure, skip_gradient, update_sizes
+from spannorm.probes import Probe, Record, block_skip_costs, gradient_paths, measure, update_sizes
 
 WIDTH, DEPTH, STEPS = 8, 3, 3
 
@@ -111,7 +111,7 @@ def test_every_experiment_between_the_steps_leaves_training_as_it_is(tiny_config
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
         def loss_of() -> Tensor:
-            return model(ids, labels=ids).loss
+            return model(ids, labels=ids, use_cache=False).loss
 
         losses = []
         for _ in range(STEPS):
@@ -120,8 +120,7 @@ def test_every_experiment_between_the_steps_leaves_training_as_it_is(tiny_config
             if probed:
                 before = [p.grad.clone() for p in model.parameters()]
                 measure(model, loss_of)
-                skip_gradient(model, loss_of)
-                branch_shares(model, loss_of)
+                gradient_paths(model, loss_of)
                 block_skip_costs(model, loss_of)
                 assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
             with update_sizes(model) if probed else nullcontext():
@@ -144,12 +143,11 @@ def test_experiments_measure_the_same_under_checkpointing(name: str, tiny_config
 
     def all_of_it() -> list[Any]:
         def loss_of() -> Tensor:
-            return model(ids, labels=ids).loss
+            return model(ids, labels=ids, use_cache=False).loss
 
         return [
             measure(model, loss_of).to_dict(),
-            skip_gradient(model, loss_of),
-            branch_shares(model, loss_of),
+            gradient_paths(model, loss_of),
             block_skip_costs(model, loss_of),
         ]
 

@@ -12,9 +12,9 @@ import pytest
 from spannorm import theory
 from spannorm.errors import InputError
 from spannorm.placements import PLACEMENTS, build_placement, placement_options
+from spannorm.scaling import depth_rule
 from spannorm.theory.body import ACTIVATIONS, Attention, FeedForward, Positions, Softmax, correlated_mean
 from spannorm.theory.recursion import Block
-from spannorm.scaling import depth_rule
 
 module = import_module("spannorm.theory.predict")  # the package's `predict` is the function
 ONE = theory.Body(sequence_length=1, eps=0.0)

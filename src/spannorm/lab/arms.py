@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from numpy.typing import NDArray
 
 from spannorm.errors import InputError
+from spannorm.train.health import ROUTING
 
 Array = NDArray[np.float64]
 Job = dict[str, Any]
@@ -65,6 +66,8 @@ class Run:
     grad_norm: Series
     probes: list[dict[str, Any]] = field(default_factory=list)
     """The first and the last probe (one, if there is only one)."""
+    routing: dict[str, Series] = field(default_factory=dict)
+    """Of a mixture of experts: what its routers did, by name of `spannorm.train.health.ROUTING`."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
 
     ends = probes if len(probes) < 2 else [probes[0], probes[-1]]
     val_loss = next(iter(values_of([job], "val_loss")), None)
-    return Run(job["seed"], job["status"], job["reason"], val_loss, series("loss"), series("grad_norm"), ends)
+    routing = {name: measured for name in ROUTING if len((measured := series(name)).steps)}
+    return Run(job["seed"], job["status"], job["reason"], val_loss, series("loss"), series("grad_norm"), ends, routing)
 
 
 def group_jobs(jobs: Sequence[Job]) -> Groups:

@@ -79,9 +79,7 @@ class Stack:
         return self.config.placement, str(self.config.depth_rule), self.config.num_hidden_layers
 
 
-def stacks(
-    recipe: Recipe, placements: Sequence[str], depth_rules: Sequence[str], depths: Sequence[int]
-) -> list[Stack]:
+def stacks(recipe: Recipe, placements: Sequence[str], depth_rules: Sequence[str], depths: Sequence[int]) -> list[Stack]:
     """Every combination, checked before any time is spent; `default` stands for the placement's own rule.
 
     Raises:
@@ -326,17 +324,17 @@ def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
     deepest: dict[tuple[str, str], Stack] = {}
     for stack in sorted(chosen, key=lambda s: s.key[2]):
         deepest[stack.key[:2]] = stack
-    sentences, depths = [], {}
+    sentences = []
+    last: dict[str, Stack] = {}
     for (placement, rule), stack in deepest.items():
-        depth = depths[placement] = max(stack.key[2], depths.get(placement, 0))
         judged = theory.verdict(predicted(stack), _body(stack), **_options(stack))
         found = f" (measured {theory.times(math.log(measured[stack.key]))})" if stack.key in measured else ""
         sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
-    for (placement, _), stack in {key[0]: (key, stack) for key, stack in deepest.items()}.values():
-        depth = depths[placement]
-        rule = theory.advised_rule(placement, depth, _body(stack), **_options(stack))
-        advice = f"choose {rule}" if rule else "none of the rules none, 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
-        sentences.append(f"{placement}: at {depth} blocks {advice}.")
+        last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
+    for placement, stack in last.items():
+        chosen_rule = theory.advised_rule(placement, stack.key[2], _body(stack), **_options(stack))
+        advice = f"choose {chosen_rule}" if chosen_rule else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
+        sentences.append(f"{placement}: at {stack.key[2]} blocks {advice}.")
     return sentences
 
 

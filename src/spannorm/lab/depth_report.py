@@ -74,8 +74,10 @@ def show(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line per stack and step; predicted above measured where there are both."""
-    made = Table(title="predicted → measured; gains from the stack's output to its input", title_justify="left", box=None)
+    """A line per stack and step; predicted, then measured, where there are both."""
+    made = Table(
+        title="predicted → measured; gains from the stack's output to its input", title_justify="left", box=None
+    )
     for heading in ("placement", "depth rule"):
         made.add_column(heading, no_wrap=True)
     found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
@@ -136,8 +138,9 @@ def _figure_of(chosen: Sequence[Stack], rows: Sequence[Mapping[str, Any]]) -> Fi
             ]  # fmt: skip
             for depth, value, step in points:
                 filled = step == first_step
-                ax.plot(depth, value, "o", color=look[arm].color, markersize=4.5 if filled else 3.5,
-                        markerfacecolor=look[arm].color if filled else "white", markeredgewidth=0.9, zorder=4)  # fmt: skip
+                color = look[arm].color
+                ax.plot(depth, value, "o", color=color, markerfacecolor=color if filled else "white",
+                        markersize=4.5 if filled else 3.5, markeredgewidth=0.9, zorder=4)  # fmt: skip
         ax.axhspan(1 / theory.FACTOR, theory.FACTOR, color="#f1f1f1", zorder=0)
         ax.set(xscale="log", yscale="log", xlabel="blocks", title=title)
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")

@@ -37,6 +37,7 @@ from spannorm.lab.arms import (
 )
 from spannorm.lab.figures import MAX_ARMS, Drawing, draw
 from spannorm.lab.panels import STYLE
+from spannorm.lab.routing import draw_routing
 from spannorm.train.health import CRITERIA
 
 
@@ -139,7 +140,7 @@ def _section(directory: Path, name: str, jobs: list[Job], unread: list[str]) -> 
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         folder.mkdir(exist_ok=True)
         stem = re.sub(r"\W+", "_", name)
-        drawings = draw(arms, next(iter(values_of(jobs, "unigram_loss")), None))
+        drawings = [*draw(arms, next(iter(values_of(jobs, "unigram_loss")), None)), *draw_routing(arms)]
         named = [replace(drawing, name=f"{stem}_{drawing.name}" if stem else drawing.name) for drawing in drawings]
         figures = [(drawing, _save(drawing, folder)) for drawing in named]
     return Section(
@@ -158,7 +159,7 @@ def _row(
 ) -> Row:  # fmt: skip
     keys = ("val_loss", "bits_per_byte", "test_loss", "max_grad_norm", "spike_score", "tokens_per_second")
     shown = held_jobs(group) or group
-    values = {key: values_of(shown, key) for key in (*keys, "parameters", "body_parameters")}
+    values = {key: values_of(shown, key) for key in (*keys, "parameters", "body_parameters", "active_parameters")}
     means = {key: float(np.mean(v)) if v else None for key, v in values.items()}
     said = []
     failed = failed_jobs(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,18 +10,20 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from spannorm.errors import InputError
 from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_
 from spannorm.models.configuration import SpanNormConfig
+from spannorm.models.experts import TopKRouter
 from spannorm.models.sublayers import build_attention, build_ffn
 from spannorm.norms import build_norm
+from spannorm.routing import auxiliary_losses
 from spannorm.shapes import Stream
 
 
@@ -31,7 +34,7 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.placement = config.build_placement(layer_idx)
         self.self_attn = build_attention(config, layer_idx, self.placement.inner_norms)
-        self.mlp = build_ffn(config, self.placement.inner_norms)
+        self.mlp = build_ffn(config, layer_idx, self.placement.inner_norms)
 
     def forward(self, hidden_states: Stream, **kwargs: Any) -> Stream:
         def attn(x: Stream) -> Stream:
@@ -52,9 +55,11 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    _can_set_experts_implementation_cached_value = True  # else Transformers looks for a decorator in this file
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SpanNormDecoderLayer,
         "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(TopKRouter, index=0),
     }
 
     @classmethod
@@ -62,7 +67,23 @@ class SpanNormPreTrainedModel(PreTrainedModel):
         """Transformers' own, from safetensors alone: a pickle can run code, and is refused."""
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise InputError("use_safetensors=False asks for a pickle: convert the weights to safetensors instead.")
-        return super().from_pretrained(*args, **kwargs)
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        other = {name.partition(".mlp.")[0] for name in info["unexpected_keys"] if ".mlp." in name}
+        for name in info["missing_keys"]:
+            if name.partition(".mlp.")[0] in other:
+                kind = "mixtures of experts" if model.config.num_experts else "dense feed-forwards"
+                raise InputError(
+                    f"the configuration asks for {kind} where the checkpoint has none ({name} is missing): load it "
+                    "with the configuration it was saved with."
+                )
+        return (model, info) if wanted else model
+
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not go to; the rest are active."""
+        experts, k = self.config.num_experts, self.config.num_experts_per_tok
+        held = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return held // experts * (experts - k) if experts else 0
 
     def init_plan(self) -> dict[str, Draw]:
         """How every parameter is to be drawn, by this model's configuration."""
@@ -134,7 +155,7 @@ class SpanNormModel(SpanNormPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -168,7 +189,15 @@ class SpanNormModel(SpanNormPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+@dataclass
+class SpanNormOutput(MoeCausalLMOutputWithPast):
+    """What the causal LM returns; of a mixture of experts, with labels, also the sums over its sparse layers of the
+    load-balancing loss `aux_loss` and the router z-loss `z_loss`, each before its coefficient."""
+
+    z_loss: Tensor | None = None
 
 
 class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
@@ -199,10 +228,17 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> SpanNormOutput:
         """Logits (batch, seq, vocab), and with `labels` (batch, seq; shifted inside, -100 ignored) the mean
-        cross-entropy in nats per token."""
+        cross-entropy in nats per token.
+
+        In training a mixture of experts adds `router_aux_loss_coef · aux_loss + router_z_loss_coef · z_loss`. Each
+        sequence counts by its share of the predictions, of `num_items_in_batch` where the caller gives it, as in the
+        cross-entropy: so the losses of a step's parts add up to the step's, however it is split.
+        """
+        balanced = labels is not None and self.training and self.config.num_experts > 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -210,17 +246,46 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=balanced or output_router_logits or False,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        loss = aux_loss = z_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            if outputs.router_logits:
+                aux_loss, z_loss = self._auxiliary_losses(outputs.router_logits, labels, attention_mask, **kwargs)
+                if self.training:
+                    loss = loss + self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+        return SpanNormOutput(
             loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
+
+    def _auxiliary_losses(
+        self,
+        router_logits: tuple[Tensor, ...],
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        routers = (module for module in self.modules() if isinstance(module, TopKRouter))
+        if torch.is_grad_enabled() and not router_logits[0].requires_grad and next(routers).weight.requires_grad:
+            raise InputError(
+                "reentrant activation checkpointing hides the routers from the auxiliary losses: use it with "
+                "`use_reentrant=False`."
+            )
+        predictions = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum(1)
+        weights = predictions / (predictions.sum() if num_items_in_batch is None else num_items_in_batch)
+        counted = torch.ones_like(labels) if attention_mask is None else attention_mask
+        config = self.config
+        return auxiliary_losses(router_logits, config.num_experts_per_tok, counted, weights, config.router_aux_scope)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from spannorm.models.configuration import SpanNormConfig
+from spannorm.models.experts import MixtureOfExperts
 from spannorm.norms import Norm, build_norm
 
 
@@ -69,13 +70,21 @@ def build_attention(config: SpanNormConfig, layer_idx: int, inner_norms: Mapping
     return attention
 
 
-def build_ffn(config: SpanNormConfig, inner_norms: Mapping[str, str]) -> nn.Module:
-    """SwiGLU feed-forward, and the norm inside it.
+def build_ffn(config: SpanNormConfig, layer_idx: int, inner_norms: Mapping[str, str]) -> nn.Module:
+    """SwiGLU feed-forward, or a mixture of them where the configuration says so, and the norms inside.
 
     Args:
         inner_norms: of `Placement.inner_norms`, the one on ffn_down.
     """
-    ffn = LlamaMLP(config)
+    if not config.is_sparse(layer_idx):
+        return _with_inner_norm(LlamaMLP(config), config, inner_norms)
+    mixture = MixtureOfExperts(config, inner_norms)
+    if mixture.shared_expert is not None:
+        _with_inner_norm(mixture.shared_expert, config, inner_norms)
+    return mixture
+
+
+def _with_inner_norm(ffn: nn.Module, config: SpanNormConfig, inner_norms: Mapping[str, str]) -> nn.Module:
     if "ffn_down" in inner_norms:
         projection = _normed(ffn, "down_proj")
         projection.input_norm = build_norm(config.norm, projection.in_features, config.rms_norm_eps)

@@ -1,7 +1,7 @@
 """Measuring a model made of placements: signal, gradient and collapse by layer. PyTorch only.
 
 `Probe` watches any forward and backward pass; `measure` makes one. The other functions change one thing and measure
-what it does: `skip_gradient`, `branch_shares`, `block_skip_costs`, `update_sizes`. What each number is: docs/probes.md.
+what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`. What each number is: docs/probes.md.
 """
 
 from spannorm.probes.experiments import (

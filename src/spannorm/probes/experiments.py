@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
 from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
-from spannorm.probes.statistics import exact, power, summed
-
-BRANCHES = ("attn", "ffn")
+from spannorm.probes.statistics import exact
 
 Loss = Callable[[], Tensor]
 """Computes a mean loss through the model that is probed, in the mode (training or evaluation) and under the autocast
@@ -51,64 +49,6 @@ def measure(
         gradient_rms=[tokens * g for g in record.gradient_rms],
         gradient_rms_by_stream=[[tokens * g for g in stream] for stream in record.gradient_rms_by_stream],
     )
-
-
-def skip_gradient(model: nn.Module, loss_of: Loss, *, detached: Collection[str] = BRANCHES) -> list[float]:
-    """RMS of the gradient at the L+1 points that the skip path alone carries: every branch's output is detached.
-
-    The forward pass is the true one, so the norms on the skip path divide by the true RMS of their inputs.
-
-    Args:
-        detached: `attn`, `ffn` or both.
-    """
-
-    def before(_: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:
-        return x, _detached(attn) if "attn" in detached else attn, _detached(ffn) if "ffn" in detached else ffn
-
-    with intercepting(find_placements(model).values(), before):
-        return measure(model, loss_of, similarity=False, rank=False).gradient_rms
-
-
-@dataclass(frozen=True)
-class BranchShares:
-    """The part of the gradient's power at each block's input that came through a branch, L values each."""
-
-    attention_share: list[float]
-    ffn_share: list[float]
-
-
-def branch_shares(model: nn.Module, loss_of: Loss) -> BranchShares:
-    """How much of the gradient at each block's input passed through the block's attention, and through its FFN.
-
-    With g the true gradient at the block's input and g₋ the one that the same gradient at the block's output gives when
-    the branch is cut (its output detached), the share is ‖g − g₋‖²/‖g‖². Backward is linear, so g − g₋ is what passes
-    the branch, and that is what is computed: the gradient that arrives at the branch's output, followed back through
-    the branch to the block's input. Where the paths are uncorrelated, as the theory assumes, it is a share of the
-    power; otherwise shares need not add up. In SpanNorm attention's path runs inside the FFN's, so its share is counted
-    in both. Of two streams the gradients are added. Holds the whole graph, as a training step does.
-    """
-    placements = find_placements(model)
-    outputs: dict[str, list[Tensor]] = {branch: [] for branch in BRANCHES}
-    inputs: list[Tensor] = []
-
-    def before(_: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:
-        inputs.append(x)
-        return x, _kept(attn, outputs["attn"]), _kept(ffn, outputs["ffn"])
-
-    with _entry(placements.values()), intercepting(placements.values(), before), torch.enable_grad():
-        loss = loss_of()
-    arrived = torch.autograd.grad(loss, [*inputs, *outputs["attn"], *outputs["ffn"]], retain_graph=True)
-    depth = len(placements)
-    powers = [_power(g) for g in arrived[:depth]]
-    shares = {}
-    for i, branch in enumerate(BRANCHES, start=1):
-        gradients = arrived[i * depth : (i + 1) * depth]
-        through = [
-            torch.autograd.grad(output, x, gradient, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
-            for output, x, gradient in zip(outputs[branch], inputs, gradients, strict=True)
-        ]
-        shares[f"{branch}_share"] = [_power(g) / total for g, total in zip(through, powers, strict=True)]
-    return BranchShares(attention_share=shares["attn_share"], ffn_share=shares["ffn_share"])
 
 
 @torch.no_grad()
@@ -179,21 +119,5 @@ def _entry(placements: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
         yield entered
 
 
-def _detached(sublayer: Sublayer) -> Sublayer:
-    return lambda x: sublayer(x).detach()
-
-
-def _kept(sublayer: Sublayer, outputs: list[Tensor]) -> Sublayer:
-    def kept(x: Tensor) -> Tensor:
-        outputs.append(sublayer(x))
-        return outputs[-1]
-
-    return kept
-
-
 def _skipped(x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
     return x
-
-
-def _power(gradient: Tensor) -> float:
-    return power(summed(gradient)).item()

@@ -197,7 +197,7 @@ def _descend(
     if length <= 2:
         kernels[path] = below[-1]
         return sum(gains)
-    kernels[path] = _scaled(_continued(start, *below[1:], length), body)[1]
+    kernels[path] = _scaled(_continued(start, below[1], below[2], length), body)[1]
     return length * (gains[-1] + rate_above) / 2
 
 

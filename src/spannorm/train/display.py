@@ -39,6 +39,9 @@ class Row:
     grad_norms: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     spikes: int = 0
+    violation: float | None = None
+    dead: int | None = None
+    """Of a mixture of experts: the last step's largest violation of an even load, and experts without a token."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: SpanNormConfig) -> Row:
@@ -64,6 +67,7 @@ class Row:
             self.losses.append(loss if loss is not None and math.isfinite(loss) else None)
             self.grad_norms.append(norm if norm is not None and math.isfinite(norm) else None)
             self.seconds.append(record["seconds"])
+            self.violation, self.dead = record.get("max_violation"), record.get("dead_experts")
         # A value is judged by the 128 before it, so the tail that holds the new ones and their window is enough.
         tail = WINDOW + len(records)
         self.spikes += len(spike_steps(self.losses[-tail:], self.grad_norms[-tail:])) if records else 0
@@ -133,6 +137,9 @@ class Board:
         table.add_column("", no_wrap=True, width=16)
         for heading in ("grad norm", "spikes", "tokens/s"):
             table.add_column(heading, justify="right", no_wrap=True)
+        sparse = any(row.violation is not None for row in self.rows)
+        for heading in ("max violation", "dead experts") if sparse else ():
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for row in self.rows:
             speed = row.tokens_per_second
@@ -148,6 +155,7 @@ class Board:
                 _number(_last(row.grad_norms)),
                 str(row.spikes) if row.spikes else "·",
                 f"{speed:,.0f}" if speed else "",
+                *((_number(row.violation), "–" if row.dead is None else str(row.dead)) if sparse else ()),
                 Text(row.note or row.status, style=_STYLES.get(row.status, "")),
                 style="dim" if row.status == "waiting" else "",
             )

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from spannorm.init import parameter_groups
+from spannorm.routing import RoutingMeter
 from spannorm.train.recipe import TrainRecipe
 
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -19,7 +20,36 @@ _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NA
 
 
 class Engine(Trainer):
-    """`Trainer`, except that the data set already is the run's order and that roles decide decay and learning rate."""
+    """`Trainer`, except that the data set already is the run's order and that roles decide decay and learning rate.
+
+    Of a mixture of experts it logs the routers' health at every step, and the loss as the cross-entropy alone, so that
+    curves, spikes and failures mean what they mean for a dense model.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
+        self._auxiliary: list[torch.Tensor] = []
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and outputs.get("z_loss") is not None:
+            self._routing.add(outputs.router_logits)
+            self._auxiliary.append(torch.stack([outputs.aux_loss, outputs.z_loss]).detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "grad_norm" in logs and self._auxiliary:
+            parts = torch.stack(self._auxiliary).sum(0)
+            parts, self._routing.sums = self.accelerator.reduce((parts, self._routing.sums), reduction="sum")
+            balance, z = parts.tolist()
+            config = self.accelerator.unwrap_model(self.model).config
+            logs["loss"] -= config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+            logs |= {"router_aux_loss": balance, "router_z_loss": z, **self._routing.take().summary()}
+            self._auxiliary = []
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]

@@ -13,6 +13,9 @@ from spannorm.files import finite
 
 Reason = Literal["non-finite", "unigram", "spike"]
 
+ROUTING = ("router_aux_loss", "router_z_loss", "router_entropy", "router_logit_rms", "max_violation", "dead_experts")
+"""What the records of a mixture of experts say of its routers besides (see spannorm.routing)."""
+
 WINDOW = 128
 """Values that a new one is held against."""
 SIGMAS = 6.0

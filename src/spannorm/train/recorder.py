@@ -1,7 +1,9 @@
 """What a run writes down as it goes, and when it stops. Everything else reads these files, never the process.
 
-records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds
-probes.jsonl    one line per probe: step and a `spannorm.probes.Record`
+records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds; of a mixture of experts also
+                what `spannorm.train.health.ROUTING` lists
+probes.jsonl    one line per probe: step and a `spannorm.probes.Record`; of a mixture of experts also `routing`, a
+                `RoutingRecord`
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spannorm.files import append_json, read_jsonl, write_text
-from spannorm.probes import Record
+from spannorm.train.health import ROUTING
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 
@@ -28,7 +30,7 @@ class Recorder(TrainerCallback):
 
     Args:
         folder: where the records go.
-        probe: makes one `Record` of the model as it stands.
+        probe: measures the model as it stands.
         probe_every: optimizer steps between probes.
         on_step: called with each record, for a live display.
         stop_with_parent: stop when the process that started this one is gone.
@@ -37,7 +39,7 @@ class Recorder(TrainerCallback):
     def __init__(
         self,
         folder: Path,
-        probe: Callable[[], Record],
+        probe: Callable[[], dict[str, Any]],
         probe_every: int,
         on_step: Callable[[dict[str, Any]], None],
         stop_with_parent: bool = False,
@@ -96,6 +98,7 @@ class Recorder(TrainerCallback):
             "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "seconds": round(self._seconds, 6),
+            **{name: logs[name] for name in ROUTING if name in logs},
         }
         append_json(self.folder / RECORDS, record)
         self.on_step(record)
@@ -105,4 +108,4 @@ class Recorder(TrainerCallback):
             self._probe(state.global_step)
 
     def _probe(self, step: int) -> None:
-        append_json(self.folder / PROBES, {"step": step, **self.probe().to_dict()})
+        append_json(self.folder / PROBES, {"step": step, **self.probe()})

@@ -30,14 +30,15 @@ from transformers.utils import logging as transformers_logging
 from spannorm.errors import InputError, Stopped, unknown
 from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
-from spannorm.probes import Record, measure
+from spannorm.probes import measure
+from spannorm.routing import RoutingMeter, RoutingRecord
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, uses_bf16
 from spannorm.train.environment import machine, versions
 from spannorm.train.health import failure, spike_steps
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import RECORDS, Recorder
+from spannorm.train.recorder import PROBES, RECORDS, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 
 RUN, RESULT = "run.json", "result.json"
@@ -139,10 +140,7 @@ def _train(
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
-    def probe() -> Record:
-        return _probe(engine, batch)
-
-    recorder = Recorder(out, probe, t.probe_every, on_step, stop_with_parent)
+    recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent)
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = Engine(model, arguments(t, out), train_dataset=sequences, callbacks=[recorder, Sealer(), board])
@@ -213,17 +211,25 @@ def _description(recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData) 
     }
 
 
-def _probe(engine: Engine, batch: torch.Tensor) -> Record:
+def _probe(engine: Engine, batch: torch.Tensor) -> dict[str, Any]:
     model = engine.accelerator.unwrap_model(engine.model)
     training = model.training
     model.eval()
-    inputs = batch.to(engine.args.device)
+    inputs, routing = batch.to(engine.args.device), RoutingMeter(model.config.num_experts_per_tok)
+
+    def loss_of() -> torch.Tensor:
+        outputs = model(inputs, labels=inputs, output_router_logits=model.config.num_experts > 0)
+        if outputs.router_logits:
+            routing.add(outputs.router_logits)
+        loss: torch.Tensor = outputs.loss
+        return loss
+
     try:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.args.bf16):
-            predictions = inputs.numel() - len(inputs)
-            return measure(model, lambda: model(inputs, labels=inputs).loss, tokens=predictions)
+            record = measure(model, loss_of, tokens=inputs.numel() - len(inputs)).to_dict()
     finally:
         model.train(training)
+    return record if routing.sums is None else {**record, "routing": routing.take().to_dict()}
 
 
 def _result(
@@ -240,7 +246,8 @@ def _result(
     seconds = statistics.median(r["seconds"] for r in records)
     per_step = t.sequence_length * t.batch_size * t.accumulation
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
-    head = model.lm_head.weight.numel()
+    routing = [RoutingRecord(**p["routing"]).summary() for p in read_jsonl(out / PROBES) if "routing" in p]
+    head, idle = model.lm_head.weight.numel(), model.idle_parameters()
     body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
     return {
         "placement": config.placement,
@@ -259,8 +266,9 @@ def _result(
         "tokens_per_second": per_step / seconds,
         "seconds": sum(r["seconds"] for r in records),
         "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters() - idle,
         "body_parameters": body,
-        "flops_per_token": 6 * (body + head)
+        "flops_per_token": 6 * (body - idle + head)
         + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * t.sequence_length,
         "depth": config.num_hidden_layers,
         "steps": t.steps,
@@ -268,6 +276,7 @@ def _result(
         "tokens": per_step * len(records),
         "threads": torch.get_num_threads(),
         "precision": "bf16" if uses_bf16(t) else "fp32",
+        "routing": routing[-1] if routing else None,
     }
 
 

@@ -1,0 +1,104 @@
+"""A mixture of experts as a feed-forward: Transformers' Qwen3-MoE router and experts, with norms inside each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import _grouped_linear
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
+
+from spannorm.errors import InputError
+from spannorm.models.configuration import SpanNormConfig
+
+
+class TopKRouter(Qwen3MoeTopKRouter):
+    """Qwen3-MoE's router, except that the softmax of a float64 model stays float64."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (tokens, hidden) → logits (tokens, experts); weights and indices of the chosen (tokens, k)."""
+        logits = F.linear(hidden_states, self.weight)
+        probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(logits.dtype), chosen
+
+
+class ExpertNorm(nn.Module):
+    """A norm on each expert's channels, every expert with a gain of its own: `weight` is (experts, channels)."""
+
+    def __init__(self, config: SpanNormConfig) -> None:
+        super().__init__()
+        shape = config.num_experts, config.moe_intermediate_size
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if config.norm == "layernorm" else None
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Rows (rows, channels) and the expert of each (rows,)."""
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight[expert].to(x.dtype)
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return normed * self.weight[expert].to(x.dtype) + self.bias[expert].to(x.dtype)
+
+
+class NormedExperts(Qwen3MoeExperts):
+    """Qwen3-MoE's experts, except that each normalizes what its down projection reads.
+
+    Rows are sorted by expert, so that `eager` is a loop over slices and `grouped_mm` one call.
+    """
+
+    def __init__(self, config: SpanNormConfig) -> None:
+        super().__init__(config)
+        self.down_norm = ExpertNorm(config)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        k = top_k_index.shape[-1]
+        expert, order = top_k_index.flatten().sort(stable=True)
+        rows = F.one_hot(expert, self.num_experts).sum(0)
+        gate, up = self._linear(hidden_states[order // k], self.gate_up_proj, rows).chunk(2, dim=-1)
+        y = self._linear(self.down_norm(self.act_fn(gate) * up, expert), self.down_proj, rows)
+        y = y * top_k_weights.flatten()[order, None]
+        return y[order.argsort()].unflatten(0, (-1, k)).sum(1).to(hidden_states.dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """Each expert's rows times its own matrix."""
+        how = self.config._experts_implementation or "eager"
+        if how == "grouped_mm":
+            return _grouped_linear(x, weight, rows.cumsum(0, dtype=torch.int32))
+        if how != "eager":
+            raise InputError(f"experts with a norm inside run as 'eager' or 'grouped_mm'; got {how!r}.")
+        return torch.cat([F.linear(part, w) for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its k likeliest experts, and to the shared one if there is one.
+
+        x ─ gate ─ top k ─ w
+        x ─ experts i ∈ top k ─ Σ w_i·E_i(x) ─(+)─ y
+        x ─ shared expert ─────────────────────┘
+
+    Equation: `y = Σ_{i ∈ top k} w_i·E_i(x) + S(x)`, w the softmax over all experts, divided by the sum over the chosen
+    if `norm_topk_prob`.
+    Source: Qwen3-MoE, arXiv 2505.09388; the shared expert, added without a gate, DeepSeekMoE, arXiv 2401.06066.
+
+    Args:
+        inner_norms: of `Placement.inner_norms`, the one on ffn_down; it stands in every expert.
+    """
+
+    def __init__(self, config: SpanNormConfig, inner_norms: Mapping[str, str]) -> None:
+        super().__init__()
+        self.gate = TopKRouter(config)
+        self.experts = (NormedExperts if "ffn_down" in inner_norms else Qwen3MoeExperts)(config)
+        self.shared_expert: nn.Module | None = None
+        if config.shared_expert_intermediate_size is not None:
+            self.shared_expert = Qwen3MoeMLP(config, config.shared_expert_intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        _, weights, chosen = self.gate(tokens)
+        y: Tensor = self.experts(tokens, chosen, weights).view(x.shape)
+        return y if self.shared_expert is None else y + self.shared_expert(x)
