@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "stablelm": {"hidden_dropout": 0.2},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 37},
-    "gpt_neox": {"use_parallel_residual": False, "hidden_dropout": 0.2},
+    "gpt_neox": {"use_parallel_residual": False, "hidden_dropout": 0.2, "num_key_value_heads": None},
     "gemma2": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8},
     "glm4": {"head_dim": 8},
