@@ -59,8 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def config(family: str, **overrides: Any) -> Any:
-    own = FAMILIES[family]
+def tiny_config_of(family: str, **overrides: Any) -> Any:
+    own = FAMILIES.get(family, {})
     none = {key: None for key in SMALL if key.endswith("token_id")}
     return AutoConfig.for_model(family, **{**(none if family == "gpt2" else SMALL), **own, **overrides})
 
@@ -68,7 +68,7 @@ def config(family: str, **overrides: Any) -> Any:
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """Eager attention: the one backend that float64, checkpointing and every mask have in common."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config(family, **overrides), attn_implementation="eager")
+    return AutoModelForCausalLM.from_config(tiny_config_of(family, **overrides), attn_implementation="eager")
 
 
 def in_float64(model: Any) -> Any:
