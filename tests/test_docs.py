@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import spannorm
 from spannorm.placements import PLACEMENTS
 from spannorm.placements.catalog import as_text, catalog, markdown
 
@@ -63,3 +66,77 @@ def test_the_list_of_placements_names_them_all_and_writes_json(tmp_path: Path) -
     listed = json.loads((tmp_path / "list.json").read_text())
     assert [e["name"] for e in listed] == list(PLACEMENTS)
     assert all(e["name"] in ran.stdout for e in listed)
+
+
+class Mixer(nn.Module):
+    """Stands for attention: tokens look back, through projections of the usual names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v_proj, self.o_proj = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        return self.o_proj(gain * self.v_proj(x).cumsum(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(16, 48, bias=False), nn.Linear(48, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.relu(self.up_proj(x)))
+
+
+def test_spannorm_in_thirty_lines_is_the_librarys() -> None:
+    page = (DOCS / "thirty_lines.md").read_text(encoding="utf-8")
+    (code,) = blocks(page, "python")
+    pasted: dict = {}
+    exec(code, pasted)
+    L = 4
+
+    def stack(block) -> nn.Module:
+        model = nn.Module()
+        model.embed_tokens = nn.Embedding(37, 16)
+        model.layers = nn.ModuleList(block(b) for b in range(L))
+        return model
+
+    ours = stack(
+        lambda b: spannorm.Block(
+            Mixer(), FeedForward(), "span", hidden_size=16, layer_idx=b, num_layers=L, depth_rule="1/sqrt(L):init+lr"
+        )
+    )
+    theirs = stack(lambda b: pasted["SpanNormBlock"](Mixer(), FeedForward(), 16, b))
+    pasted["init_"](theirs, L)
+    state = {name.replace(".placement.", "."): p for name, p in ours.state_dict().items()}
+    assert set(state) == set(theirs.state_dict())
+
+    plan = spannorm.init_plan(ours, width=16)
+    for name, p in ours.named_parameters():
+        other, n = theirs.get_parameter(name.replace(".placement.", ".")), p.numel()
+        assert other.std(correction=0).item() == pytest.approx(plan[name].std, rel=5 / (2 * n) ** 0.5, abs=1e-12)
+
+    theirs.load_state_dict(state)
+    x = y = ours.embed_tokens(torch.randint(0, 37, (2, 9)))
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        x, y = a(x, gain=0.5), b(y, gain=0.5)
+        torch.testing.assert_close(x, y)
+
+    def settings(groups, model) -> dict:
+        names = {id(p): name.replace(".placement.", ".") for name, p in model.named_parameters()}
+        return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+    want = settings(spannorm.parameter_groups(ours, learning_rate=1e-2, weight_decay=0.1), ours)
+    assert settings(pasted["groups"](theirs, L, 1e-2, 0.1), theirs) == {k: pytest.approx(v) for k, v in want.items()}
+
+
+def test_the_page_on_rewiring_runs_as_printed_and_lists_every_family(tmp_path: Path, monkeypatch) -> None:
+    from spannorm.rewiring import FAMILIES
+
+    page = (DOCS / "rewire.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(FAMILIES)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for snippet in blocks(page, "python"):
+        exec(snippet, scope)
+    del FAMILIES["my_model"]

@@ -1,8 +1,8 @@
 """spannorm: decide where the norms of a deep Transformer go.
 
 The core (placements, depth rules, init) needs PyTorch alone. The Hugging Face side loads on first use:
-`spannorm.SpanNormConfig`, `spannorm.SpanNormForCausalLM`, or `import spannorm.models`, which registers the Auto
-classes.
+`spannorm.rewire` and `spannorm.load`, `spannorm.SpanNormConfig` and `spannorm.SpanNormForCausalLM`, or `import
+spannorm.models`, which registers the Auto classes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spannorm.block import Block
 from spannorm.errors import InputError
 from spannorm.init import init_plan, init_receipt, init_weights_, parameter_groups
 from spannorm.norms import LayerNorm, RMSNorm
@@ -26,13 +27,18 @@ from spannorm.scaling import depth_rule, depth_rule_names
 
 if TYPE_CHECKING:
     from spannorm.models import SpanNormConfig, SpanNormForCausalLM, SpanNormModel
+    from spannorm.rewiring import load, rewire
 
 __version__ = "0.1.0"
 
-_LAZY = {name: "spannorm.models" for name in ("SpanNormConfig", "SpanNormForCausalLM", "SpanNormModel")}
+_LAZY = {
+    **dict.fromkeys(("SpanNormConfig", "SpanNormForCausalLM", "SpanNormModel"), "spannorm.models"),
+    **dict.fromkeys(("load", "rewire"), "spannorm.rewiring"),
+}
 
 __all__ = [
     "PLACEMENTS",
+    "Block",
     "InputError",
     "LayerNorm",
     "Placement",
@@ -49,8 +55,10 @@ __all__ = [
     "init_plan",
     "init_receipt",
     "init_weights_",
+    "load",
     "parameter_groups",
     "register_placement",
+    "rewire",
 ]
 
 

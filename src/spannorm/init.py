@@ -83,9 +83,11 @@ def _named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role, DepthRul
     """Each parameter once, with its role and the depth rule of the block it stands in (`none` outside)."""
     rules = {name: m.placement.rule for name, m in model.named_modules() if isinstance(_placement(m), Placement)}
     outside = depth_rule("none", 1)
+    known: dict[str, Role] = getattr(model, "parameter_roles", {})  # a rewired model brings its family's own
     for name, parameter in model.named_parameters():
         block = next((b for b in rules if name.startswith(f"{b}." if b else "")), None)
-        yield name, parameter, role_of(name), outside if block is None else rules[block]
+        role = known[name] if name in known else role_of(name)
+        yield name, parameter, role, outside if block is None else rules[block]
 
 
 def _placement(module: nn.Module) -> object:

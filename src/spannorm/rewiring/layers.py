@@ -1,0 +1,99 @@
+"""What the pieces of a rewired model do: each class overrides the family's own on one instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from spannorm.norms import Norm
+from spannorm.placements import Placement
+from spannorm.rewiring.families import Family, Fused
+from spannorm.shapes import Stream
+
+
+class FamilyNorm(Norm):
+    """The family's norm, its weights and its rounding, called like ours: add first, then normalize."""
+
+    def normalize(self, x: Stream) -> Stream:
+        return super(Norm, self).forward(x)
+
+    def extra_repr(self) -> str:
+        return super(Norm, self).extra_repr()
+
+
+class RewiredLayer:
+    """A decoder layer whose placement calls the family's own attention and feed-forward."""
+
+    placement: Placement
+    family: Family
+    argument_names: list[str]
+    """What the family's layer calls its arguments after the hidden states; GPT-2 passes some by position."""
+    embedding_norm: nn.Module | None
+    """In the first layer, where the placement normalizes the embedding."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.update(zip(self.argument_names, args, strict=False))
+
+        def attn(x: Stream) -> Stream:
+            return self._branch("attn", getattr(self, self.family.attention)(x, **kwargs))
+
+        def ffn(x: Stream) -> Stream:
+            return self._branch("ffn", getattr(self, self.family.ffn)(x))
+
+        if self.embedding_norm is not None:
+            hidden_states = self.embedding_norm(hidden_states)
+        return self.placement(hidden_states, attn, ffn)
+
+    def _branch(self, name: str, output: Any) -> Stream:
+        f = output[0] if isinstance(output, tuple) else output
+        if name in self.family.dropouts:
+            f = getattr(self, self.family.dropouts[name])(f)
+        return f if self.family.multiplier is None else f * getattr(self, self.family.multiplier)
+
+
+class NormedProjection:
+    """A projection with norms on what it reads or writes, or a gain per head on what it reads."""
+
+    config: Any
+    layout: Fused
+    """Whose rows it writes."""
+    norm_sizes: dict[str, int]
+    """Which of q, k and v it normalizes, and over how many channels at a time."""
+    input_norm: nn.Module | None
+    head_scale: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.head_scale is not None:
+            x = (x.unflatten(-1, (len(self.head_scale), -1)) * self.head_scale[:, None]).flatten(-2)
+        if self.input_norm is not None:
+            x = self.input_norm(x)
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        if not self.norm_sizes:
+            return y
+        parts = self.layout.split(y, self.config, -1)
+        return torch.cat([self._normed(role, part) for role, part in parts.items()], -1).flatten(-2)
+
+    def _normed(self, role: str, part: Tensor) -> Tensor:
+        if role not in self.norm_sizes:
+            return part
+        grouped = part.flatten(-2).unflatten(-1, (-1, self.norm_sizes[role]))
+        return getattr(self, f"{role}_norm")(grouped).reshape(part.shape)
+
+
+class NormedExperts:
+    """Fused experts with one norm, shared by all, on what FFN-down reads."""
+
+    config: Any
+    input_norm: nn.Module
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self.input_norm(super()._apply_gate(gate_up))  # type: ignore[misc]
+
+    def forward(self, *args: Any) -> Tensor:
+        # most families' eager loop gates in line and would pass the norm by
+        if self.config._experts_implementation == "eager":
+            return grouped_mm_experts_forward(self, *args)
+        return super().forward(*args)  # type: ignore[misc]

@@ -1,0 +1,100 @@
+"""One layer at a time: which of its parts a placement takes, which it brings, and where they go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from inspect import signature
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.placements import Placement
+from spannorm.rewiring.adopt import adopt
+from spannorm.rewiring.families import Family, Fused
+from spannorm.rewiring.layers import FamilyNorm, NormedExperts, NormedProjection, RewiredLayer
+
+READ_BY = {"attn_out": "attn_out", "ffn_down": "ffn_down", "head_scale": "attn_out"}
+"""Inner norm → the projection that reads what it normalizes; the others (q, k, v) normalize what theirs writes."""
+
+
+def find(owner: nn.Module, path: str) -> Any:
+    """What stands at a dotted path, or None."""
+    try:
+        return attrgetter(path)(owner)
+    except AttributeError:
+        return None
+
+
+def has_own(layer: nn.Module, row: Family, role: str) -> bool:
+    """Whether the family normalizes this itself."""
+    return role in row.own_norms and find(layer, row.own_norms[role]) is not None
+
+
+def sites(layer: nn.Module, row: Family, role: str) -> Iterator[tuple[str, Fused, Any]]:
+    """Where an inner norm goes: path, whose rows the matrix there writes, and the projection or experts' parameter."""
+    for path, kind in row.matrices.items():
+        layout, found = kind if isinstance(kind, Fused) else Fused((kind,)), find(layer, path)
+        if found is not None and READ_BY.get(role, role) in layout.roles:
+            yield path, layout, found
+
+
+def rewire_layer(layer: Any, row: Family, block: Placement) -> None:
+    """Make a layer call the placement, which by then holds all its norms."""
+    layer.argument_names = list(signature(type(layer).forward).parameters)[2:]
+    layer.family, layer.embedding_norm = row, None
+    weight = next(layer.parameters())
+    layer.placement = block.to(weight.device, weight.dtype)
+    adopt(layer, RewiredLayer)
+
+
+def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -> set[str]:
+    """Fill the placement's norms with the layer's own by role and the rest with fresh ones; returns the former."""
+    own = {role: getattr(layer, path) for role, path in row.norms.items()}
+    moved = {role for role in block.norms() if own.get(role) is not None}
+    for role in block.norms():
+        norm = own[role] if role in moved else fresh_norm(template, row)
+        adopt(norm, FamilyNorm)
+        block.add_module(role, norm)
+    for path in row.norms.values():
+        delattr(layer, path)
+    return moved
+
+
+def fresh_norm(template: nn.Module, row: Family, size: int | None = None) -> nn.Module:
+    """A norm of the family's own kind with gain 1, over the stream or over `size` channels."""
+    norm: Any = copy.deepcopy(template)
+    for name, parameter in template.named_parameters():
+        value = row.unit_gain if name == "weight" else 0.0
+        setattr(norm, name, nn.Parameter(torch.full_like(parameter[:1].expand(size or len(parameter)), value)))
+    if size and hasattr(norm, "normalized_shape"):
+        norm.normalized_shape = (size,)
+    return norm
+
+
+def add_inner_norm(layer: nn.Module, row: Family, config: Any, template: nn.Module, role: str, over: str) -> None:
+    """Put one of a placement's inner norms into the sublayer, over each head (`over="head"`) or the whole width."""
+    for path, layout, found in list(sites(layer, row, role)):
+        stored_transposed = path.endswith(row.transposed)
+        if isinstance(found, nn.Parameter):
+            experts: Any = layer.get_submodule(path.rpartition(".")[0])
+            experts.input_norm = fresh_norm(template, row, found.shape[-2 if stored_transposed else -1])
+            adopt(experts, NormedExperts)
+            continue
+        if not isinstance(found, NormedProjection):
+            found.config, found.layout, found.norm_sizes = config, layout, {}
+            found.input_norm = found.head_scale = None
+            adopt(found, NormedProjection)
+        weight: Tensor = found.weight.T if stored_transposed else found.weight
+        if role == "head_scale":
+            found.head_scale = nn.Parameter(torch.ones_like(weight[0, : config.num_attention_heads]))
+        elif role in READ_BY:
+            found.input_norm = fresh_norm(template, row, weight.shape[1])
+        else:
+            parts: Any = layout.split(weight[:, 0], config, -1)
+            width = parts[role].numel()
+            heads = (role != "q" and getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
+            found.norm_sizes[role] = width // heads if over == "head" else width
+            setattr(found, f"{role}_norm", fresh_norm(template, row, found.norm_sizes[role]))
