@@ -1,6 +1,7 @@
 # make demo   set everything up and run the comparison; ends in a table and a report
 # make test   set everything up and pass the tests
 # make check  lint, types, tests: what CI runs
+# make bench  ours and its rivals in turns: a table and runs/bench.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check lint docs clean
+.PHONY: install demo test test-slow check lint docs bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -41,6 +42,10 @@ lint: install
 
 docs: install
 	$(BIN)/python -c 'from spannorm.placements.catalog import markdown; print(markdown(), end="")' > docs/placements.md
+
+bench: install
+	mkdir -p runs
+	$(BIN)/python benchmarks/run.py --json runs/bench.json
 
 check: lint test
 

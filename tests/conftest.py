@@ -25,6 +25,10 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# Without a GPU Triton's kernels run in its interpreter; read when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 pytest_plugins = ["train_fixtures"]  # shared by tests/train and the command line's tests; imported after the hook
 
 torch.set_num_threads(1)  # the models are tiny, and a worker of pytest-xdist has one core

@@ -13,14 +13,18 @@ import pytest
 import spannorm
 
 ROOT = Path(spannorm.__file__).parent
-CORE = ("errors", "scaling", "shapes", "norms", "placements", "init", "block", "routing", "theory", "probes")
+CORE = (
+    *("errors", "scaling", "shapes", "kernels", "norms", "placements", "init", "block"),
+    *("routing", "theory", "probes"),
+)
 
 # What each file of the core may import, from the package and from outside (the standard library is free to all).
 MAY_IMPORT = {
     "errors": ((), ()),
     "scaling": (("errors",), ()),
     "shapes": ((), ("torch", "jaxtyping")),
-    "norms": (("errors", "shapes"), ("torch",)),
+    "kernels": (("errors",), ("torch", "triton")),
+    "norms": (("errors", "shapes", "kernels"), ("torch",)),
     "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
     "init": (("errors", "scaling", "placements"), ("torch",)),
     "routing": ((), ("torch",)),

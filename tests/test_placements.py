@@ -157,7 +157,7 @@ def test_spannorms_second_skip_starts_at_the_blocks_input():
             placement.attn_norm.weight.zero_()
         outputs[name] = placement(x, torch.tanh, torch.zeros_like)
     torch.testing.assert_close(outputs["span"], x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS))
-    assert torch.equal(outputs["post"], torch.zeros_like(x))
+    assert outputs["post"].abs().max() < 1e-12  # a gain of zero is held 2^-60 away from it
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spannorm.errors import unknown
+from spannorm.kernels import add_norm
 from spannorm.shapes import Stream
 
 Scale = float | Tensor
@@ -25,7 +24,7 @@ def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) 
     return torch.addcmul(x, f, branch.to(f.dtype))
 
 
-class Norm(nn.Module, ABC):
+class Norm(nn.Module):
     """What the two norms share: a gain, and a forward that may add a branch first.
 
     Args:
@@ -33,14 +32,13 @@ class Norm(nn.Module, ABC):
         eps: added to the mean square (or variance) inside the root.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    @abstractmethod
-    def normalize(self, x: Stream) -> Stream:
-        """`N(x)`, each position by itself over the last dimension."""
+        self.register_parameter("bias", None)
 
     @overload
     def forward(self, x: Stream, f: Stream | None = ..., *, skip: Scale = ..., branch: Scale = ...) -> Stream: ...
@@ -58,9 +56,13 @@ class Norm(nn.Module, ABC):
         return_sum: bool = False,
     ) -> Stream | tuple[Stream, Stream]:
         """`N(skip·x + branch·f)`, or `N(x)` without `f`; with `return_sum` the pair (normed, sum)."""
-        total = x if f is None else scaled_add(x, f, skip=skip, branch=branch)
-        normed = self.normalize(total)
-        return (normed, total) if return_sum else normed
+        if f is not None and (isinstance(skip, Tensor) or isinstance(branch, Tensor)):
+            x, f, skip, branch = scaled_add(x, f, skip=skip, branch=branch), None, 1.0, 1.0
+        return self.add_norm(x, f, skip=skip, branch=branch, return_sum=return_sum)
+
+    def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
+        """The one operation, for constant factors."""
+        return add_norm(x, f, self.weight, self.bias, eps=self.eps, return_sum=return_sum, **scales)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -69,9 +71,6 @@ class Norm(nn.Module, ABC):
 class RMSNorm(Norm):
     """`x / √(mean(x²) + eps) · weight`, in the input's dtype, half precision summed in fp32."""
 
-    def normalize(self, x: Stream) -> Stream:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
 
 class LayerNorm(Norm):
     """`(x − mean) / √(var + eps) · weight + bias`."""
@@ -79,9 +78,6 @@ class LayerNorm(Norm):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(hidden_size, eps)
         self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def normalize(self, x: Stream) -> Stream:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Add(nn.Module):

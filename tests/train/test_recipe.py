@@ -70,6 +70,7 @@ def test_set_overrides_any_key_and_is_typed_like_yaml(tmp_path: Path) -> None:
         ("train: {adam_beta2: 1}", ["adam_beta2", "[0, 1)"]),
         ("train: {schedule: cosin}", ["cosin", "'cosine'"]),
         ("train: {precision: fp16}", ["fp16", "bf16"]),
+        ("train: {kernels: cuda}", ["train.kernels", "cuda", "triton"]),
         ("train: {sequence_length: 1}", ["sequence_length", "2"]),
         ("data: {validation_fraction: 0.9}", ["validation_fraction", "0.5"]),
         ("data: {vocab_size: 100}", ["vocab_size", "258"]),

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spannorm import kernels
 from spannorm.errors import InputError, Stopped
 from spannorm.init import role_of
 from spannorm.models import SpanNormForCausalLM
@@ -127,13 +128,15 @@ def test_accumulation_gives_the_step_of_the_whole_batch(recipe: Recipe, tokens: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"activation_checkpointing": True}, {"precision": "bf16"}], ids=lambda c: next(iter(c))
+    ("change", "tolerance"),
+    [({"activation_checkpointing": True}, 1e-6), ({"precision": "bf16"}, 0.05), ({"kernels": "triton"}, 1e-4)],
+    ids=lambda c: next(iter(c)) if isinstance(c, dict) else "",
 )
-def test_checkpointing_and_bf16_train(
-    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, change: dict
+def test_checkpointing_bf16_and_other_kernels_train(
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, change: dict, tolerance: float
 ) -> None:
     train(replace(recipe, train=replace(recipe.train, **change)), tmp_path / "run", data=tokens.directory)
-    tolerance = 1e-6 if "activation_checkpointing" in change else 0.05
+    kernels.use("auto")
     for ours, reference in zip(records(tmp_path / "run"), records(finished), strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=tolerance)
 

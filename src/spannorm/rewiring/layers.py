@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from spannorm.norms import Norm
+from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
 from spannorm.rewiring.families import Family, Fused
 from spannorm.shapes import Stream
@@ -17,8 +17,10 @@ from spannorm.shapes import Stream
 class FamilyNorm(Norm):
     """The family's norm, its weights and its rounding, called like ours: add first, then normalize."""
 
-    def normalize(self, x: Stream) -> Stream:
-        return super(Norm, self).forward(x)
+    def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
+        total = x if f is None else scaled_add(x, f, **scales)
+        normed = super(Norm, self).forward(total)
+        return (normed, total) if return_sum else normed
 
     def extra_repr(self) -> str:
         return super(Norm, self).extra_repr()

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from spannorm.errors import InputError, unknown
+from spannorm.kernels import KERNELS
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class TrainRecipe:
     """Largest global gradient norm; 0 turns clipping off."""
     precision: str = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
+    kernels: str = "auto"
+    """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
     evaluation_sequences: int = 64
@@ -252,6 +255,7 @@ def _check_ranges(recipe: Recipe) -> None:
     for name, value, known in [
         ("train.schedule", t.schedule, ("cosine", "wsd")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
+        ("train.kernels", t.kernels, KERNELS),
     ]:
         if value not in known:
             raise unknown(name, value, known)

@@ -27,6 +27,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from spannorm import kernels
 from spannorm.errors import InputError, Stopped, unknown
 from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
@@ -120,6 +121,7 @@ def _train(
     quiet()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    kernels.use(recipe.train.kernels)
     tokens = prepare_data(recipe.data, data or out / "data")
     config = model_config(recipe, tokens)
     t = recipe.train

@@ -1,0 +1,295 @@
+"""Every benchmark: ours and its rivals in turns, a table and JSON.
+
+    python benchmarks/run.py [--rows 1,2,3,4,5,6,7] [--pairs 20] [--threads 1] [--json FILE]
+
+`make bench` runs all of it. Sizes are small on a CPU and real on a GPU. Rivals that are not installed are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from turns import DEVICE, Result, as_dicts, in_turns, kept_mib, table, timed
+
+from spannorm import kernels
+from spannorm.files import write_json
+from spannorm.init import parameter_groups
+from spannorm.models import SpanNormConfig, SpanNormForCausalLM
+from spannorm.probes import measure
+from spannorm.train.engine import Engine, arguments
+from spannorm.train.environment import machine, versions
+from spannorm.train.recipe import TrainRecipe
+
+GPU = DEVICE == "cuda"
+HALF = torch.bfloat16
+SIZES: dict[str, int] = (
+    {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+    if GPU
+    else {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
+)
+DEPTH, BATCH, LENGTH = (24, 8, 2048) if GPU else (8, 4, 128)
+ROWS, WIDTHS = (16384, (1024, 4096, 8192)) if GPU else (512, (64, 1024))
+EPS = 1e-6
+
+
+def missing(name: str) -> bool:
+    """Whether an optional rival is not there; then it is named."""
+    if find_spec(name) is None:
+        print(f"rival missing: {name} (pip install {name})")
+        return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------- contestants
+
+
+def ours(placement: str, depth: int = DEPTH, length: int = LENGTH) -> nn.Module:
+    config = SpanNormConfig(
+        placement=placement, num_hidden_layers=depth, max_position_embeddings=length, pad_token_id=None, **SIZES
+    )
+    return SpanNormForCausalLM(config).to(DEVICE)
+
+
+def llama(depth: int = DEPTH, length: int = LENGTH, liger: bool = False) -> nn.Module:
+    config = LlamaConfig(num_hidden_layers=depth, max_position_embeddings=length, **SIZES)
+    model = LlamaForCausalLM(config).to(DEVICE)
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)
+    return model
+
+
+def litgpt(depth: int = DEPTH, length: int = LENGTH) -> nn.Module:
+    from litgpt import GPT, Config
+
+    config = Config(
+        block_size=length, vocab_size=SIZES["vocab_size"], padded_vocab_size=SIZES["vocab_size"],
+        n_layer=depth, n_head=SIZES["num_attention_heads"], n_embd=SIZES["hidden_size"],
+        intermediate_size=SIZES["intermediate_size"], rotary_percentage=1.0, parallel_residual=False, bias=False,
+        norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+    )  # fmt: skip
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = GPT(config)
+
+        def forward(self, ids: Tensor, labels: Tensor) -> Any:
+            logits = self.gpt(ids)
+            return argparse.Namespace(
+                loss=F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            )
+
+    return WithLoss().to(DEVICE)
+
+
+def tokens(batch: int = BATCH, length: int = LENGTH) -> Tensor:
+    ids = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(0))
+    return ids.to(DEVICE)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.autocast(DEVICE, HALF, enabled=GPU):
+        return model(ids, labels=ids).loss
+
+
+def step_of(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[], None]:
+    """One optimizer step as the Trainer takes it."""
+    if isinstance(model, SpanNormForCausalLM):
+        groups: Any = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1)
+    else:
+        groups = model.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    run = torch.compile(model, fullgraph=True) if compiled else model
+
+    def step() -> None:
+        loss_of(run, ids).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+
+
+def add_norm(pairs: int) -> Iterator[Result]:
+    """(1) forward and backward of add + RMSNorm against PyTorch's, Liger's and a copy of the same bytes."""
+    liger = GPU and not missing("liger_kernel")
+    for width in WIDTHS:
+        for outputs in (1, 2):
+            yield from add_norm_once(pairs, width, outputs, liger)
+
+
+def add_norm_once(pairs: int, width: int, outputs: int, liger: bool) -> list[Result]:
+    """At one width, with the normed value alone (SpanNorm's shape) or with the sum too (PreNorm's)."""
+    dtype = HALF if GPU else torch.float32
+    above = [torch.randn(1, ROWS, width, device=DEVICE, dtype=dtype) for _ in range(outputs)]
+    x, f = (torch.randn_like(above[0]).requires_grad_() for _ in range(2))
+    w = torch.ones(width, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    def eager() -> tuple[Tensor, ...]:
+        total = x + f
+        return (F.rms_norm(total, w.shape, w, EPS), total)[:outputs]
+
+    def fused() -> tuple[Tensor, ...]:
+        y = kernels.add_norm(x, f, w, eps=EPS, return_sum=outputs == 2)
+        return y if outputs == 2 else (y,)
+
+    def ligers() -> tuple[Tensor, ...]:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+        # input, residual, gain, eps, offset, casting mode, in place
+        return LigerFusedAddRMSNormFunction.apply(f, x, w, EPS, 0.0, "llama", False)[:outputs]
+
+    forward: dict[str, Callable[[], Any]] = {"ours": fused, "rms_norm": eager, **({"Liger": ligers} if liger else {})}
+    kept = {name: kept_mib(run) for name, run in forward.items()}
+    forward["rms_norm compiled"] = torch.compile(eager)
+    # forward reads 2 tensors and writes as many as it has outputs, backward reads y and their gradients and writes 1
+    moved = (4 + 2 * outputs) * x.numel() * x.element_size()
+    source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+
+    def both_ways(run: Callable[[], Any]) -> Callable[[], float]:
+        return timed(lambda: torch.autograd.grad(run(), (x, f, w), above), 20 if GPU else 5)
+
+    turns = {name: both_ways(run) for name, run in forward.items()}
+    turns["copy of the same bytes"] = timed(lambda: target.copy_(source), 20 if GPU else 5)
+    shape = "one output" if outputs == 1 else "two outputs"
+    return in_turns(f"(1) add-norm, forward + backward, {ROWS} × {width}, {shape}", turns, pairs, kept)
+
+
+def placements(pairs: int) -> Iterator[Result]:
+    """(2) the training step of SpanNorm against PreNorm's in our model, both with the lean backward."""
+    yield from training(f"(2) step, {DEPTH} blocks", pairs, {"span": ours("span"), "pre": ours("pre")})
+    if not GPU:
+        yield from training("(2) step, 32 blocks", pairs, {"span": ours("span", 32), "pre": ours("pre", 32)})
+
+
+def training(row: str, pairs: int, models: dict[str, nn.Module], ids: Tensor | None = None) -> list[Result]:
+    ids = tokens() if ids is None else ids
+    kept = {name: kept_mib(lambda m=model: loss_of(m, ids), model) for name, model in models.items()}
+    return in_turns(row, {name: timed(step_of(model, ids)) for name, model in models.items()}, pairs, kept)
+
+
+def rivals(pairs: int) -> Iterator[Result]:
+    """(3) our model against Transformers' Llama and litgpt's GPT."""
+    models = {"span": ours("span"), "pre": ours("pre"), "Transformers' Llama": llama()}
+    if GPU and not missing("liger_kernel"):
+        models["Llama + Liger"] = llama(liger=True)
+    if not missing("litgpt"):
+        models["litgpt"] = litgpt()
+    yield from training(f"(3) step, {DEPTH} blocks", pairs, models)
+    if GPU:
+        compiled = {"span": ours("span"), "Transformers' Llama": llama()}
+        turns = {name: timed(step_of(model, tokens(), compiled=True)) for name, model in compiled.items()}
+        yield from in_turns(f"(3) compiled step, {DEPTH} blocks", turns, pairs)
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds from a step's begin to the next one's, the first step of a turn left out."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+
+def trainer(pairs: int) -> Iterator[Result]:
+    """(4) the Trainer against a bare loop."""
+    steps, model, bare = 6, ours("span"), timed(step_of(ours("span"), tokens()))
+    data = [{"input_ids": row, "labels": row} for row in tokens(steps * BATCH).cpu()]
+    recipe = TrainRecipe(steps=steps, batch_size=BATCH, warmup_steps=1)
+
+    def turn() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            args = arguments(recipe, Path(folder))
+            args.save_strategy = "no"
+            watch = Stopwatch()
+            engine = Engine(model, args, train_dataset=data, callbacks=[watch])
+            engine.remove_callback(PrinterCallback)
+            engine.train()
+        return (watch.marks[-1] - watch.marks[1]) / (len(watch.marks) - 2)
+
+    yield from in_turns("(4) a step under the Trainer", {"Trainer": turn, "bare loop": bare}, pairs)
+
+
+def decoding(pairs: int) -> Iterator[Result]:
+    """(5) greedy decoding with the cache."""
+    new, prompt = (128, 64) if GPU else (24, 16)
+
+    def turn(model: nn.Module) -> Callable[[], float]:
+        ids = tokens(1, prompt)
+        return timed(
+            lambda: model.eval().generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=False,
+                pad_token_id=0,
+            )
+        )  # fmt: skip
+
+    models = {"span": ours("span"), "pre": ours("pre"), "Transformers' Llama": llama()}
+    yield from in_turns(f"(5) decoding {new} tokens", {name: turn(model) for name, model in models.items()}, pairs)
+
+
+def probing(pairs: int) -> Iterator[Result]:
+    """(6) what a probe costs: a step, and a step with the share of the probe that falls on it."""
+    model, ids, every = ours("span"), tokens(), TrainRecipe().probe_every
+    step = timed(step_of(model, ids))
+    probe = timed(lambda: measure(model, lambda: loss_of(model, ids)))
+    turns = {"step with probes": lambda: step() + probe() / every, "step without": step}
+    yield from in_turns(f"(6) a probe every {every} steps", turns, pairs)
+
+
+def growth(pairs: int) -> Iterator[Result]:
+    """(7) with depth and with sequence length."""
+    for depth in (8, 32, 128, 256):
+        ids = tokens(1, 2048 if GPU else 64)
+        models = {"span": ours("span", depth), "pre": ours("pre", depth), "Transformers' Llama": llama(depth)}
+        yield from training(f"(7) step, {depth} blocks, 1 × {ids.shape[1]} tokens", pairs, models, ids)
+    for length in (256, 1024, 8192):
+        models = {
+            "span": ours("span", 4, length),
+            "pre": ours("pre", 4, length),
+            "Transformers' Llama": llama(4, length),
+        }
+        yield from training(f"(7) step, 4 blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
+
+
+ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth), 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(map(str, ROW)))
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: list[Result] = []
+    for number in map(int, options.rows.split(",")):
+        new = list(ROW[number](options.pairs))
+        print(table(new), flush=True)
+        results += new
+    about = {"pairs": options.pairs, "threads": options.threads, "machine": machine(), "versions": versions()}
+    print(json.dumps(about["machine"]))
+    if options.json:
+        write_json(options.json, {"results": as_dicts(results), **about})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Add-and-norm, fused where the machine can: one operation, one dispatch.
+
+`reference` is plain PyTorch and runs everywhere. `triton` passes over memory once forward and once backward, on a GPU,
+in fp32, bf16 and fp16. `auto` is `triton` where it can run and `reference` elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spannorm.errors import InputError, unknown
+from spannorm.kernels import reference
+
+KERNELS = ("auto", "reference", "triton")
+
+_log = logging.getLogger("spannorm")
+_choice = "auto"
+_said: set[str] = set()
+
+_fused: Any = None
+if find_spec("triton") is not None and torch.version.cuda is not None:
+    from spannorm.kernels import triton as _fused
+
+
+def use(kernels: str) -> None:
+    """Choose the kernels of this process: `auto`, `reference` or `triton`.
+
+    Raises:
+        InputError: an unknown name, or `triton` where it is not installed. Where it is but cannot take a tensor, the
+            forward pass says so: an explicit choice never falls back.
+    """
+    global _choice, _fused
+    if kernels not in KERNELS:
+        raise unknown("kernels", kernels, KERNELS)
+    if kernels == "triton":
+        if find_spec("triton") is None:
+            raise InputError("kernels=triton needs Triton: pip install triton, or choose auto or reference.")
+        from spannorm.kernels import triton as _fused
+    _choice = kernels
+
+
+def add_norm(
+    x: Tensor,
+    f: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    skip: float = 1.0,
+    branch: float = 1.0,
+    return_sum: bool = False,
+) -> Any:
+    """`N(skip·x + branch·f)`, or `N(x)` without f; with `return_sum` the pair (normed, sum).
+
+    N is RMSNorm, or LayerNorm where there is a bias. Half precision is summed in fp32.
+
+    Args:
+        x: (…, hidden).
+        f: of the same shape.
+        weight: the gain, (hidden,).
+        bias: (hidden,).
+        skip, branch: constants. A learned gain is multiplied on by the caller.
+
+    Raises:
+        InputError: shapes that differ, or tensors that an explicit choice cannot take.
+    """
+    if f is None and return_sum:
+        return add_norm(x, None, weight, bias, eps=eps), x
+    if f is not None and f.shape != x.shape:
+        raise InputError(f"skip and branch must have one shape; they have {tuple(x.shape)} and {tuple(f.shape)}.")
+    taken = reference if _choice == "reference" or not _takes(x, f) else _fused
+    return taken.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
+
+
+def _takes(x: Tensor, f: Tensor | None) -> bool:
+    """Whether Triton's kernels take these tensors; what `auto` makes of that is said once."""
+    if _choice == "auto" and not x.is_cuda:  # the interpreter is for who asks for it
+        reason = f"the tensors are on {x.device.type}"
+    else:
+        reason = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    if reason is not None and _choice == "triton":
+        raise InputError(f"kernels=triton: {reason}. Choose auto or reference.")
+    if not torch.compiler.is_compiling():
+        choice = "triton" if reason is None else f"reference ({reason})"
+        if choice not in _said:
+            _said.add(choice)
+            _log.log(logging.WARNING if reason and x.is_cuda else logging.INFO, "kernels: auto chose %s", choice)
+    return reason is None

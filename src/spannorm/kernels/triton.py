@@ -1,0 +1,276 @@
+"""Add-and-norm in Triton: one pass over memory forward, one backward, sums in fp32.
+
+    forward    reads x, f          writes y (and s)        s = skip·x + branch·f,  y = N(s)
+    backward   reads y, dy (ds)    writes dx (and df, where the factors differ)
+
+Of the (…, hidden) tensors backward keeps y alone, and rebuilds the normalized value z = (y − b)/w from it. That is as
+exact as y where a gain w is not small beside its bias b; nearer to zero the gain is held at a distance, forward and
+backward alike, with u the unit roundoff of y's dtype:
+
+    |w| ≥ tiny + 4u·|b|        tiny = 2^-60, in float16 2^-13
+
+So a gain of zero still learns, with no copy kept and no question put to the device. It costs an output at most
+(tiny + 4u·|b|)·|z|; and z is known to within u·(|z| + |b|/|w|), which is never above u·|z| + 1/4, and u·|z| wherever
+there is no bias (in float16 plus 2^-25/|w|, at most 2^-12).
+
+Each gain's gradient is summed over a fixed set of rows by each program, then over programs: the same device gives the
+same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spannorm.kernels.reference import tiny_gain
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether Triton interprets its kernels, on any device and slowly: read by it when they are defined."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 16384
+"""A row has to fit into one program's registers."""
+PROGRAMS_PER_SM = 4
+"""Of backward: each writes one row of partial gain gradients, and enough rows must be under way to fill the memory."""
+
+
+@triton.jit
+def _guarded(w, b, TINY: tl.constexpr, ROUNDOFF: tl.constexpr):
+    nearest = TINY + 4 * ROUNDOFF * tl.abs(b)
+    return tl.where(tl.abs(w) < nearest, tl.where(w < 0, -nearest, nearest), w)
+
+
+@triton.jit
+def forward_kernel(
+    X, F, W, B, Y, S, RSTD,
+    x_stride, f_stride, rows, eps, skip, branch,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TINY: tl.constexpr, ROUNDOFF: tl.constexpr,
+    ADD: tl.constexpr, CENTRE: tl.constexpr, KEEP_SUM: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    here = (row < rows)[:, None] & (cols < WIDTH)[None, :]
+    s = tl.load(X + row[:, None] * x_stride + cols[None, :], mask=here, other=0.0).to(tl.float32)
+    if ADD:
+        f = tl.load(F + row[:, None] * f_stride + cols[None, :], mask=here, other=0.0).to(tl.float32)
+        s = skip * s + branch * f
+    out = row[:, None] * WIDTH + cols[None, :]
+    if KEEP_SUM:
+        tl.store(S + out, s.to(S.dtype.element_ty), mask=here)
+    w = tl.load(W + cols, mask=cols < WIDTH, other=1.0).to(tl.float32)
+    b = tl.zeros_like(w)
+    if CENTRE:
+        b = tl.load(B + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+        s = tl.where(here, s - tl.sum(s, 1)[:, None] / WIDTH, 0.0)
+    rstd = tl.rsqrt(tl.sum(s * s, 1) / WIDTH + eps)
+    y = s * rstd[:, None] * _guarded(w, b, TINY, ROUNDOFF)[None, :] + b[None, :]
+    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=here)
+    tl.store(RSTD + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def backward_kernel(
+    DY, DS, Y, W, B, RSTD, DX, DF, DW, DB,
+    dy_stride, ds_stride, rows, skip, branch,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TINY: tl.constexpr, ROUNDOFF: tl.constexpr,
+    SPLIT: tl.constexpr, CENTRE: tl.constexpr, HAS_DS: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)
+    w = tl.load(W + cols, mask=cols < WIDTH, other=1.0).to(tl.float32)
+    b = tl.zeros_like(w)
+    if CENTRE:
+        b = tl.load(B + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    w = _guarded(w, b, TINY, ROUNDOFF)
+    inverse = 1 / w
+    dw = tl.zeros((BLOCK,), tl.float32)
+    db = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.program_id(0) * TILE, rows, tl.num_programs(0) * TILE):
+        row = (first + tl.arange(0, TILE)).to(tl.int64)
+        here = (row < rows)[:, None] & (cols < WIDTH)[None, :]
+        at = row[:, None] * WIDTH + cols[None, :]
+        y = tl.load(Y + at, mask=here, other=0.0).to(tl.float32)
+        dy = tl.load(DY + row[:, None] * dy_stride + cols[None, :], mask=here, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + row, mask=row < rows, other=0.0)
+        z = tl.where(here, (y - b[None, :]) * inverse[None, :], 0.0)
+        dw += tl.sum(dy * z, 0)
+        dz = dy * w[None, :]
+        ds = dz - z * (tl.sum(dz * z, 1) / WIDTH)[:, None]
+        if CENTRE:
+            db += tl.sum(dy, 0)
+            ds -= tl.sum(dz, 1)[:, None] / WIDTH
+        ds *= rstd[:, None]
+        if HAS_DS:
+            ds += tl.load(DS + row[:, None] * ds_stride + cols[None, :], mask=here, other=0.0).to(tl.float32)
+        tl.store(DX + at, (skip * ds).to(DX.dtype.element_ty), mask=here)
+        if SPLIT:
+            tl.store(DF + at, (branch * ds).to(DF.dtype.element_ty), mask=here)
+    partial = tl.program_id(0) * WIDTH + cols
+    tl.store(DW + partial, dw, mask=cols < WIDTH)
+    if CENTRE:
+        tl.store(DB + partial, db, mask=cols < WIDTH)
+
+
+def tiling(width: int) -> dict[str, int]:
+    """How a program lays out its rows: whole rows, several where they are short, 16 values a thread."""
+    block = triton.next_power_of_2(width)
+    tile = max(1, 1024 // block)
+    return {"BLOCK": block, "TILE": tile, "num_warps": min(16, max(1, block * tile // 512)), "enable_fp_fusion": True}
+
+
+def constants(y: torch.dtype, width: int) -> dict[str, Any]:
+    """Compile-time constants of both kernels."""
+    return {"WIDTH": width, "TINY": tiny_gain(y), "ROUNDOFF": torch.finfo(y).eps / 2, **tiling(width)}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, hidden) as (rows, hidden), copied only where the rows do not lie at equal distances."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _splits(x: torch.dtype, f: torch.dtype | None, skip: float, branch: float) -> bool:
+    """Whether the two gradients differ."""
+    return f is not None and (skip != branch or x != f)
+
+
+@torch.library.custom_op("spannorm::add_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    f: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    skip: float,
+    branch: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, sum or nothing, 1/RMS of each row)."""
+    y, total, rstd = _forward_fake(x, f, weight, bias, eps, skip, branch, keep_sum)
+    x2, f2 = _rows(x), None if f is None else _rows(f)
+    c = constants(y.dtype, x.shape[-1])
+    if rows := len(x2):
+        with torch.accelerator.device_index(x.device.index):
+            forward_kernel[(triton.cdiv(rows, c["TILE"]),)](
+                x2, f2, weight, bias, y, total, rstd,
+                x2.stride(0), 0 if f2 is None else f2.stride(0), rows, eps, skip, branch,
+                **c, ADD=f is not None, CENTRE=bias is not None, KEEP_SUM=keep_sum,
+            )  # fmt: skip
+    return y, total, rstd
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor,
+    f: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    skip: float,
+    branch: float,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = x.dtype if f is None else torch.promote_types(x.dtype, f.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return y, torch.empty_like(y) if keep_sum else y.new_empty(0), y.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("spannorm::add_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rstd: Tensor,
+    skip: float,
+    branch: float,
+    x_type: torch.dtype,
+    f_type: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, df or nothing where it is dx, dw, db or nothing)."""
+    dx, df, dw, db = _backward_fake(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
+    dy2, ds2 = _rows(dy), None if ds is None else _rows(ds)
+    rows, c = len(dy2), constants(y.dtype, y.shape[-1])
+    most = PROGRAMS_PER_SM * torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 2
+    programs = min(triton.cdiv(rows, c["TILE"]), most)
+    partial = torch.empty((1 if bias is None else 2, programs, y.shape[-1]), dtype=torch.float32, device=y.device)
+    if rows:
+        with torch.accelerator.device_index(y.device.index):
+            backward_kernel[(programs,)](
+                dy2, ds2, y, weight, bias, rstd, dx, df, partial[0], partial[-1],
+                dy2.stride(0), 0 if ds2 is None else ds2.stride(0), rows, skip, branch,
+                **c, SPLIT=df.numel() > 0, CENTRE=bias is not None, HAS_DS=ds is not None,
+            )  # fmt: skip
+    sums = partial.sum(1)
+    dw.copy_(sums[0])
+    if bias is not None:
+        db.copy_(sums[1])
+    return dx, df, dw, db
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor,
+    ds: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rstd: Tensor,
+    skip: float,
+    branch: float,
+    x_type: torch.dtype,
+    f_type: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty(y.shape, dtype=x_type, device=y.device)
+    df = torch.empty_like(dx, dtype=f_type) if _splits(x_type, f_type, skip, branch) else dx.new_empty(0)
+    return dx, df, torch.empty_like(weight), weight.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, f, weight, bias, _, skip, branch, ctx.keep_sum = inputs
+    ctx.save_for_backward(output[0], weight, bias, output[2])
+    ctx.rest = skip, branch, x.dtype, None if f is None else f.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    y, weight, bias, rstd = ctx.saved_tensors
+    skip, branch, x_type, f_type = ctx.rest
+    dy = torch.zeros_like(y) if dy is None else dy
+    ds = ds if ctx.keep_sum else None  # of an empty tensor, where tracing gives every output a gradient
+    dx, df, dw, db = _backward(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
+    if f_type is not None and not _splits(x_type, f_type, skip, branch):
+        df = dx
+    return dx, None if f_type is None else df, dw, None if bias is None else db, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def refusal(x: Tensor, f: Tensor | None) -> str | None:
+    """Why these tensors cannot be taken; None where they can."""
+    if not (x.is_cuda or INTERPRETED):
+        return f"the tensors are on {x.device.type}, and Triton needs a GPU"
+    if x.dtype not in DTYPES or (f is not None and f.dtype not in DTYPES):
+        return f"Triton's kernels take fp32, bf16 and fp16, and this is {x.dtype}"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"Triton's kernels take at most {MAX_WIDTH} channels, and this has {x.shape[-1]}"
+    return None
+
+
+def add_norm(
+    x: Tensor,
+    f: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    skip: float,
+    branch: float,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `spannorm.kernels.add_norm`."""
+    y, total, _ = _forward(x, f, weight, bias, eps, skip, branch, return_sum)
+    return (y, total) if return_sum else y
