@@ -209,7 +209,7 @@ def theory_of(chosen: Sequence[Stack]) -> dict[str, Any]:
         for stack in chosen
         for quantity, value in predictions(predicted(stack)).items()
     ]
-    return {"rows": [row.to_dict() for row in rows], "profiles": []}
+    return {"repeat": 0.0, "rows": [row.to_dict() for row in rows], "profiles": []}
 
 
 def depth_check(
@@ -238,10 +238,11 @@ def depth_check(
     tokens = prepare_data(chosen[0].recipe.data, data)
     rows: list[Row] = []
     profiles: list[dict[str, Any]] = []
+    batch = _batch(tokens, chosen[0].recipe.train)
+    repeat = repeats(batch)
     for stack in chosen:
         on_stack(stack)
-        batch = _batch(tokens, stack.recipe.train)
-        prediction = predicted(stack, repeats(batch))
+        prediction = predicted(stack, repeat)
         expected = predictions(prediction)
         by_step: dict[int, list[tuple[dict[str, float], dict[str, list[float]], float]]] = {}
         for seed in range(seeds):
@@ -263,7 +264,7 @@ def depth_check(
                     "placement": placement, "depth_rule": rule, "depth": depth, "step": step, "quantity": name,
                     "measured": [_number(v) for v in profile], "predicted": theirs.get(name),
                 })  # fmt: skip
-    return {"rows": [row.to_dict() for row in rows], "profiles": profiles}
+    return {"repeat": repeat, "rows": [row.to_dict() for row in rows], "profiles": profiles}
 
 
 def _batch(tokens: TokenData, train: TrainRecipe) -> torch.Tensor:
@@ -317,29 +318,34 @@ def _number(value: float | None) -> float | None:
 def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
     """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
     placement, the rule to choose."""
-    measured = {
-        (row["placement"], row["depth_rule"], row["depth"]): row["measured"]
-        for row in results["rows"] if row["quantity"] == "total_gain" and row["step"] == 0 and row["measured"]
-    }  # fmt: skip
+    repeat = results["repeat"]
+    measured: dict[Any, dict[int, float]] = {}
+    for row in results["rows"]:
+        if row["quantity"] == "total_gain" and row["measured"]:
+            measured.setdefault((row["placement"], row["depth_rule"], row["depth"]), {})[row["step"]] = row["measured"]
     deepest: dict[tuple[str, str], Stack] = {}
     for stack in sorted(chosen, key=lambda s: s.key[2]):
         deepest[stack.key[:2]] = stack
     sentences = []
     last: dict[str, Stack] = {}
     for (placement, rule), stack in deepest.items():
-        judged = theory.verdict(predicted(stack), _body(stack), **_options(stack))
-        found = f" (measured {theory.times(math.log(measured[stack.key]))})" if stack.key in measured else ""
+        judged = theory.verdict(predicted(stack, repeat), _body(stack, repeat), **_options(stack))
+        gains = [
+            f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
+            for step, gain in sorted(measured.get(stack.key, {}).items())
+        ]
+        found = f"; {', '.join(gains)}" if gains else ""
         sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
         last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
     for placement, stack in last.items():
-        chosen_rule = theory.advised_rule(placement, stack.key[2], _body(stack), **_options(stack))
+        chosen_rule = theory.advised_rule(placement, stack.key[2], _body(stack, repeat), **_options(stack))
         advice = f"choose {chosen_rule}" if chosen_rule else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
         sentences.append(f"{placement}: at {stack.key[2]} blocks {advice}.")
     return sentences
 
 
-def _body(stack: Stack) -> theory.Body:
-    return body_of(stack.config, stack.recipe.train.sequence_length)
+def _body(stack: Stack, repeat: float) -> theory.Body:
+    return body_of(stack.config, stack.recipe.train.sequence_length, repeat)
 
 
 def _options(stack: Stack) -> dict[str, Any]:
