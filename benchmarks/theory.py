@@ -24,21 +24,26 @@ from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import gradient_paths, measure
 from spannorm.train.environment import machine, versions
 
-SIZES: dict[str, int] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
 LENGTH, VOCABULARY, BATCH = 64, 1024, 2
 UNSCALED = ("pre:none", "span:none", "post:1/sqrt(L)", "deepnorm:none")
 GOALS = {"variance": 0.05, "skip": 0.05, "total": 0.15}
 
 
-def arm(name: str, depth: int, seeds: int) -> dict[str, Any]:
-    """One placement under one rule at one depth: what is predicted, what `seeds` models do."""
+def arm(name: str, depth: int, seeds: int, **more: Any) -> dict[str, Any]:
+    """One placement under one rule at one depth: what is predicted, what `seeds` models do.
+
+    Args:
+        more: keys of both `Body` and `SpanNormConfig`.
+    """
     placement, _, rule = name.partition(":")
-    body = theory.Body(**SIZES, sequence_length=LENGTH, repeat=1 / VOCABULARY)
+    sizes = {**SIZES, **more}
+    body = theory.Body(**sizes, sequence_length=LENGTH, repeat=1 / VOCABULARY)
     p = theory.predict(placement, depth, depth_rule=rule or None, body=body)
     records, gains = [], []
     for seed in range(seeds):
         config = SpanNormConfig(placement=placement, depth_rule=rule or None, num_hidden_layers=depth,
-                                vocab_size=VOCABULARY, init_seed=seed, **SIZES)  # fmt: skip
+                                vocab_size=VOCABULARY, init_seed=seed, **sizes)  # fmt: skip
         model = SpanNormForCausalLM(config).eval()
         ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
 

@@ -23,7 +23,7 @@ V_F, U_F = 0.35578, 0.73526  # SwiGLU under fan-in init: E[silu²], and that plu
 
 
 def test_swiglu_has_the_published_gains():
-    ffn = FeedForward(ONE, depth_rule("none", 1), {}, np.ones((2, 1)))
+    ffn = FeedForward(ONE, depth_rule("none", 1), {}, np.ones((2, 1)), 688)
     assert ffn.writes[0, 0] == pytest.approx(V_F, abs=1e-5)
     assert ffn.backward(np.ones((2, 1)))[0, 0] == pytest.approx(U_F, abs=1e-5)
 
@@ -32,7 +32,7 @@ def test_deepnorms_beta_enters_gate_up_and_down():
     beta = (8 * 12) ** -0.25
     z, w = np.polynomial.hermite_e.hermegauss(120)
     silu = beta * z / (1 + np.exp(-beta * z))
-    ffn = FeedForward(ONE, depth_rule("deepnorm", 12), {}, np.ones((2, 1)))
+    ffn = FeedForward(ONE, depth_rule("deepnorm", 12), {}, np.ones((2, 1)), 688)
     # β² each from up and down; the gate's β is inside the activation
     assert ffn.writes[0, 0] == pytest.approx(beta**4 * (silu**2 * w).sum() / w.sum(), rel=1e-6)
 

@@ -126,6 +126,12 @@ def body_of(config: SpanNormConfig, sequence_length: int, repeat: float = 0.0) -
         tied=config.tie_word_embeddings,
         embedding_multiplier=float(config.embedding_multiplier or 1.0),
         eps=config.rms_norm_eps,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        moe_intermediate_size=config.moe_intermediate_size or 0,
+        norm_topk_prob=config.norm_topk_prob,
+        shared_expert_intermediate_size=config.shared_expert_intermediate_size,
+        decoder_sparse_step=config.decoder_sparse_step,
     )
 
 

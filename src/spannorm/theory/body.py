@@ -177,6 +177,8 @@ class Body:
         base_init, initializer_range, tied: as in `spannorm.scaling.base_std`.
         embedding_multiplier: what the embedding is multiplied with.
         eps: the norms' epsilon.
+        num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, shared_expert_intermediate_size,
+        decoder_sparse_step: as in `spannorm.models.SpanNormConfig`; no experts make a dense model.
     """
 
     hidden_size: int = 256
@@ -193,6 +195,12 @@ class Body:
     tied: bool = False
     embedding_multiplier: float = 1.0
     eps: float = 1e-6
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    shared_expert_intermediate_size: int | None = None
+    decoder_sparse_step: int = 1
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -204,6 +212,10 @@ class Body:
                 raise InputError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.repeat < 1:
             raise InputError(f"`repeat` is a probability below 1; got {self.repeat}.")
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether a block's feed-forward is a mixture of experts."""
+        return self.num_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
 
     @cached_property
     def attention_size(self) -> int:
@@ -331,11 +343,12 @@ class FeedForward:
     rule: DepthRule
     inner_norms: Mapping[str, str]
     reads: Kernel
+    intermediate_size: int
     writes: Kernel = field(init=False)
 
     def __post_init__(self) -> None:
         b = self.body
-        d, inner = b.hidden_size, b.intermediate_size
+        d, inner = b.hidden_size, self.intermediate_size
         self.gate_power = b.power("ffn_gate", d, inner, self.rule)
         self.up_power = b.power("ffn_up", d, inner, self.rule)
         self.down_power = b.power("ffn_down", inner, d, self.rule)
@@ -351,4 +364,4 @@ class FeedForward:
         b = self.body
         g = self.down_power * b.hidden_size * gradient / outer(self.inside_std)
         slope = correlated_mean(ACTIVATIONS[b.hidden_act][1], self.gate_std, self.correlation)
-        return b.intermediate_size * g * (self.up_power * self.gate + self.gate_power * slope * self.up)
+        return self.intermediate_size * g * (self.up_power * self.gate + self.gate_power * slope * self.up)

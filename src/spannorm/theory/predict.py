@@ -99,13 +99,14 @@ def _predict(
             outputs = theory.readout(block, *outputs)
         return block, block.leave(*outputs)
 
+    alternating = body.num_experts > 0 and body.decoder_sparse_step > 1  # no geometric series
     # up: each stretch of blocks as its first one, and the streams as a geometric series from its first two
     stretches: list[tuple[Block, int, Kernels]] = []
     stops = sorted({1, num_layers - 1, num_layers, *theory.switches(num_layers, options)})
     index, streams, since = 0, entering, 0
     while index < num_layers:
         stop = next(s for s in stops if s > index)
-        length = 1 if num_layers <= EXACT else max(1, min(since, (stop - index) // 2) // STRETCH)
+        length = 1 if num_layers <= EXACT or alternating else max(1, min(since, (stop - index) // 2) // STRETCH)
         block, leaving = block_at(index, streams)
         if length > 1:
             _, third = block_at(index + 1, leaving)

@@ -15,12 +15,14 @@ import numpy as np
 
 from spannorm.scaling import DepthRule
 from spannorm.theory.body import Array, Attention, Body, FeedForward, Kernel
+from spannorm.theory.mixture import Mixture
 
 Field = dict[int, Array]
 """Leaf → its coefficient by position."""
 Kernels = dict[tuple[int, int], Kernel]
 """Covariance of each pair of leaves, streams or gradients; an absent pair is uncorrelated."""
 Branch = Literal["attn", "ffn"]
+Sublayer = Attention | FeedForward | Mixture
 
 
 def cross(a: Array, b: Array) -> Kernel:
@@ -41,7 +43,7 @@ class Block:
     inner_norms: Mapping[str, str] = field(default_factory=dict)
     sites: dict[str, float] = field(default_factory=dict)
     """Variance, mean over tokens, of what each norm reads."""
-    branches: list[tuple[Branch, Attention | FeedForward, Field]] = field(default_factory=list)
+    branches: list[tuple[Branch, Sublayer, Field]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leaves = dict(self.streams)
@@ -96,9 +98,14 @@ class Block:
         return self._branch("ffn", n)
 
     def _branch(self, kind: Branch, n: Field) -> Field:
-        sublayer = (Attention if kind == "attn" else FeedForward)(
-            self.body, self.rule, self.inner_norms, self.covariance(n, n)
-        )
+        common = self.body, self.rule, self.inner_norms, self.covariance(n, n)
+        sublayer: Sublayer
+        if kind == "attn":
+            sublayer = Attention(*common)
+        elif self.body.is_sparse(self.layer_idx):
+            sublayer = Mixture(*common)
+        else:
+            sublayer = FeedForward(*common, self.body.intermediate_size)
         leaf = self.first_branch + len(self.branches)
         self.branches.append((kind, sublayer, n))
         self.leaves[leaf, leaf] = sublayer.writes
