@@ -55,11 +55,9 @@ def arm(name: str, depth: int, seeds: int, **more: Any) -> dict[str, Any]:
     sites = {}
     for site, predicted in p.variance.items():
         if site == "output":
-            measured = [np.square(r.signal_rms[1:]) for r in records if not r.signal_rms_by_stream]
+            measured = [np.square(r.signal_rms[1:]) for r in records]
         else:
             measured = [np.asarray(r.variance[site], float) for r in records]
-        if not measured:
-            continue
         values = np.array(measured)[:, list(p.blocks)]
         error = np.asarray(predicted) / values.mean(0) - 1
         worst = int(np.nanargmax(np.abs(error)))

@@ -129,7 +129,17 @@ DepthRules = Annotated[
 ]
 Depths = Annotated[str, typer.Option("--depths", metavar="BLOCKS", help=f"Depths in blocks. {Comma}")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON too.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them: .png or .svg.")]
+
+
+def image(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot draws .png or .svg; got {path}.")
+    return path
+
+
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw them: .png or .svg.", callback=image)
+]
 Sizes = Annotated[
     Path | None,
     typer.Argument(metavar="[RECIPE]", help="Sizes, text and training; default a model of width 64."),

@@ -152,13 +152,19 @@ def predicted(stack: Stack, repeat: float = 0.0) -> theory.Prediction:
 def predictions(p: theory.Prediction) -> dict[str, float]:
     """A prediction by the quantities that are measured too."""
     gains = {"skip_gain": p.log_skip_gain, "total_gain": p.log_total_gain}
+    streams = theory.PLACEMENTS[p.placement].streams
     return {
-        **{f"variance:{site}": float(np.nanmean(values)) for site, values in p.variance.items()},
+        **{
+            f"variance:{site}": float(np.nanmean(v))
+            for site, v in p.variance.items()
+            if streams == 1 or site != "output"
+        },
+        "variance": p.variance["output"][-1],
         **{name: math.exp(min(value, 700.0)) for name, value in gains.items()},
         "attention_share": p.total_attention_share,
         "ffn_share": p.total_ffn_share,
         "token_cosine": p.correlation[-1],
-    } | ({"variance": p.variance["output"][-1]} if "output" in p.variance else {})
+    }
 
 
 def measurements(
@@ -179,11 +185,12 @@ def measurements(
         costs = block_skip_costs(model, loss_of, blocks=tried)
     finally:
         model.train(training)
-    last = record.signal_rms[-1] ** 2
-    outputs = {} if record.signal_rms_by_stream else {"variance": last, "variance:output": _mean_square(record)}
+    # of two streams there is one where they meet, at the end
+    outputs = {} if record.signal_rms_by_stream else {"variance:output": _mean_square(record)}
     quantities = {
         **{f"variance:{site}": float(np.nanmean(values)) for site, values in record.variance.items()},
         **outputs,
+        "variance": record.signal_rms[-1] ** 2,
         "skip_gain": math.exp(paths.log_gain["skip"][0]),
         "total_gain": math.exp(paths.log_gain["total"][0]),
         "attention_share": paths.share("without_attention"),
