@@ -1,6 +1,6 @@
 """The theory against real models at initialization: every placement, at depths to 512, means over seeds.
 
-    python benchmarks/theory.py [--depths 8,32,128,512] [--arms span:none,pre] [--seeds 5] [--json FILE]
+    python benchmarks/theory.py [--depths 8,32,128,512] [--arms span:none,pre] [--seeds 5] [--json FILE] [--plot FILE]
 
 Width 256, 8 heads, 64 random tokens of 1,024 in a sequence. For each site the worst block is kept. Run again with the
 same file, it goes on. The goals: variance within 5 %; of gains by their logarithm, |predicted − measured| at most
@@ -15,11 +15,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spannorm import theory
 from spannorm.files import read_json, write_json
+from spannorm.lab.panels import STYLE, WIDTH
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import gradient_paths, measure
 from spannorm.train.environment import machine, versions
@@ -94,6 +98,66 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['placement']:11} {row['depth_rule']:11} {row['depth']:4}  variance {variance:34} {gains}"
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The worst error of each arm over all depths, as Markdown."""
+    lines = [
+        "| placement | depth rule | depths | variance, mean over blocks | variance, worst block | skip path | gradient |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    arms: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        arms.setdefault((row["placement"], row["depth_rule"]), []).append(row)
+    for arm, found in arms.items():
+        sites = [(row["depth"], name, site) for row in found for name, site in row["variance"].items()]
+        mean = max((abs(site["mean_relative_error"]), name, depth) for depth, name, site in sites)
+        depth, name, worst = max(sites, key=lambda item: abs(item[2]["relative_error"]))
+        luck = 100 * (worst["standard_error"] or 0) / worst["measured"]
+        gains = (max((row[path]["error"], row["depth"]) for row in found) for path in ("skip", "total"))
+        depths = [row["depth"] for row in found]
+        cells = [
+            f"{min(depths)} … {max(depths)}",
+            f"{100 * mean[0]:.1f} % ({mean[1]}, {mean[2]} blocks)",
+            f"{100 * worst['relative_error']:+.1f} ± {luck:.1f} % ({name}, {depth} blocks)",
+            *(f"{error:.3f} ({depth} blocks)" for error, depth in gains),
+        ]
+        lines.append(f"| {' | '.join([*arm, *cells])} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each placement: the skip path's gain and the whole gradient's, predicted and measured, by depth."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        arms.setdefault(f"{row['placement']} {row['depth_rule']}", []).append(row)
+    columns = 5
+    lines = -(-len(arms) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.25 * WIDTH, 1.55 * lines + 0.4))
+        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
+        for ax in axes[len(arms) :]:
+            ax.remove()
+        for ax, (title, found) in zip(axes, sorted(arms.items()), strict=False):
+            found.sort(key=lambda row: row["depth"])
+            depths = [row["depth"] for row in found]
+            ends: list[float] = [-2.0, 2.0]
+            for path_name, color in (("skip", "#8a8a8a"), ("total", "#d55e00")):
+                predicted, measured = ([row[path_name][k] / math.log(10) for row in found]
+                                       for k in ("predicted", "measured"))  # fmt: skip
+                ax.plot(depths, predicted, color=color, linewidth=1.2)
+                ax.plot(depths, measured, "o", color=color, markersize=3.5)
+                ends += [*predicted, *measured]
+            ax.set(xscale="log", ylim=(1.1 * min(ends), 1.1 * max(ends)))
+            ax.set_title(title, fontsize=7.5)
+            ax.set_xticks(depths, [str(depth) for depth in depths])
+            ax.minorticks_off()
+            ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            ax.yaxis.set_major_formatter(lambda v, _: f"$10^{{{v:g}}}$")
+        text = "gain of the gradient from output to input against blocks; lines predicted, dots measured: "
+        figure.text(0.01, 0.985, text + "the skip path alone (grey), the whole (orange)", fontsize=8, va="top")
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()), h_pad=0.6, w_pad=0.4)
+        figure.savefig(path, dpi=200, metadata={})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", default="8,32,128,512")
@@ -101,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # pairs their authors discourage are among the arms
@@ -114,6 +179,9 @@ def main() -> None:
             if options.json:
                 about = {"seeds": options.seeds, "goals": GOALS, "machine": machine(), "versions": versions()}
                 write_json(options.json, {"rows": list(done.values()), **about})
+    print(summary(list(done.values())))
+    if options.plot:
+        draw(list(done.values()), options.plot)
 
 
 if __name__ == "__main__":

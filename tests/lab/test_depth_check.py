@@ -14,7 +14,8 @@ from spannorm import theory
 from spannorm.cli import app
 from spannorm.errors import InputError
 from spannorm.lab import depth_check as lab
-from spannorm.lab.depth_report import draw, show
+from spannorm.lab.depth_figures import draw
+from spannorm.lab.depth_report import show
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
@@ -75,8 +76,9 @@ def test_words_say_what_was_predicted_and_what_was_measured(checked, capsys, tmp
     out = capsys.readouterr().out
     assert "…" not in out, "a cell of the table was cut"
     for kind in ("png", "svg"):
-        draw(chosen, results, tmp_path / f"figure.{kind}")
-        assert (tmp_path / f"figure.{kind}").stat().st_size > 10_000
+        drawn = draw(chosen, results, tmp_path / f"figure.{kind}")
+        assert [path.name for path in drawn] == [f"figure.{kind}", f"figure-training.{kind}"]
+        assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
 def test_the_theorys_body_is_the_models(recipe):

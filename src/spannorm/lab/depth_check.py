@@ -331,7 +331,7 @@ def _number(value: float | None) -> float | None:
 def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
     """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
     placement, the rule to choose."""
-    repeat = results["repeat"]
+    repeat, last_step = results["repeat"], max(row["step"] for row in results["rows"])
     measured: dict[Any, dict[int, float]] = {}
     for row in results["rows"]:
         if row["quantity"] == "total_gain" and row["measured"]:
@@ -346,6 +346,7 @@ def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
         gains = [
             f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
             for step, gain in sorted(measured.get(stack.key, {}).items())
+            if step in (0, last_step)
         ]
         found = f"; {', '.join(gains)}" if gains else ""
         sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
