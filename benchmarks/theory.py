@@ -101,7 +101,7 @@ def line(row: dict[str, Any]) -> str:
 def summary(rows: list[dict[str, Any]]) -> str:
     """The worst error of each arm over all depths, as Markdown."""
     lines = [
-        "| placement | depth rule | depths | variance, mean over blocks | variance, worst block | skip path | gradient |",
+        "| placement | depth rule | depths | variance, mean of blocks | variance, worst block | skip path | gradient |",
         "|---|---|---|---|---|---|---|",
     ]
     arms: dict[tuple[str, str], list[dict[str, Any]]] = {}

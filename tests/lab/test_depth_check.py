@@ -15,7 +15,7 @@ from spannorm.cli import app
 from spannorm.errors import InputError
 from spannorm.lab import depth_check as lab
 from spannorm.lab.depth_figures import draw
-from spannorm.lab.depth_report import show
+from spannorm.lab.depth_report import show, words
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
@@ -66,10 +66,18 @@ def test_training_is_the_engines_and_measuring_leaves_it_alone(recipe, tokens):
 
 def test_words_say_what_was_predicted_and_what_was_measured(checked, capsys, tmp_path):
     chosen, results = checked
-    sentences = lab.words(chosen, results)
+    sentences = words(chosen, results)
     assert sum(s.startswith("post none, 5 blocks: ") for s in sentences) == 1
     assert all("measured ×" in s and "after 3 steps ×" in s for s in sentences if "blocks: " in s)
-    assert "post: at 5 blocks choose 1/sqrt(L)." in sentences or "post: at 5 blocks choose none." in sentences
+    advice = [s for s in sentences if s.startswith("post: at 5 blocks and at initialization choose ")]
+    assert len(advice) == 1 and advice[0].endswith((" none.", " 1/sqrt(L)."))
+    gains = {
+        row["depth_rule"]: row["measured"] for row in results["rows"]
+        if (row["placement"], row["depth"], row["step"], row["quantity"]) == ("post", 5, 3, "total_gain")
+    }  # fmt: skip
+    kept = [rule for rule, gain in gains.items() if 0.5 <= gain <= 2]
+    under = ", ".join(kept) if kept else f"none of {', '.join(gains)}"
+    assert f"post: after 3 steps within a factor 2 under {under}." in sentences
     show(chosen, results, tmp_path / "rows.json")
     written = json.loads((tmp_path / "rows.json").read_text())
     assert written["rows"] == results["rows"] and written["words"] == sentences
@@ -132,7 +140,7 @@ def test_theory_prints_a_table_and_a_verdict_without_a_model(tmp_path, monkeypat
     ran = CliRunner().invoke(app, ["theory", "--placements", "span,pre", "--depths", "8,1000", "--json", str(out)])
     assert ran.exit_code == 0, ran.output
     assert "span 1/sqrt(L), 1000 blocks: keeps the gradient within a factor 2" in ran.output
-    assert "span: at 1000 blocks choose 1/sqrt(L)." in ran.output
+    assert "span: at 1000 blocks and at initialization choose 1/sqrt(L)." in ran.output
     rows = json.loads(out.read_text())["rows"]
     gain = next(r for r in rows if (r["depth"], r["quantity"], r["depth_rule"]) == (1000, "total_gain", "1/sqrt(L)"))
     body = lab.body_of(lab.stacks(lab.DEFAULT, ["span"], ["default"], [8])[0].config, 64)

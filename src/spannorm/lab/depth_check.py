@@ -7,7 +7,7 @@ text and measured again. Where only predictions are asked for, no model is built
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -326,41 +326,3 @@ def _mean(quantity: str, values: Sequence[float]) -> float | None:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
-    """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
-    placement, the rule to choose."""
-    repeat, last_step = results["repeat"], max(row["step"] for row in results["rows"])
-    measured: dict[Any, dict[int, float]] = {}
-    for row in results["rows"]:
-        if row["quantity"] == "total_gain" and row["measured"]:
-            measured.setdefault((row["placement"], row["depth_rule"], row["depth"]), {})[row["step"]] = row["measured"]
-    deepest: dict[tuple[str, str], Stack] = {}
-    for stack in sorted(chosen, key=lambda s: s.key[2]):
-        deepest[stack.key[:2]] = stack
-    sentences = []
-    last: dict[str, Stack] = {}
-    for (placement, rule), stack in deepest.items():
-        judged = theory.verdict(predicted(stack, repeat), _body(stack, repeat), **_options(stack))
-        gains = [
-            f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
-            for step, gain in sorted(measured.get(stack.key, {}).items())
-            if step in (0, last_step)
-        ]
-        found = f"; {', '.join(gains)}" if gains else ""
-        sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
-        last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
-    for placement, stack in last.items():
-        chosen_rule = theory.advised_rule(placement, stack.key[2], _body(stack, repeat), **_options(stack))
-        advice = f"choose {chosen_rule}" if chosen_rule else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
-        sentences.append(f"{placement}: at {stack.key[2]} blocks {advice}.")
-    return sentences
-
-
-def _body(stack: Stack, repeat: float) -> theory.Body:
-    return body_of(stack.config, stack.recipe.train.sequence_length, repeat)
-
-
-def _options(stack: Stack) -> dict[str, Any]:
-    return stack.config.placement_options or {}

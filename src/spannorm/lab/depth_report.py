@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from spannorm import theory
 from spannorm.files import write_json
-from spannorm.lab.depth_check import Stack, words
+from spannorm.lab.depth_check import Stack, body_of, predicted
 from spannorm.lab.depth_figures import Results, draw
 from spannorm.train.display import wide_console
 
@@ -94,3 +96,48 @@ def _figure(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e4:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
+    """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
+    placement, the rule to choose."""
+    repeat, last_step = results["repeat"], max(row["step"] for row in results["rows"])
+    measured: dict[Any, dict[int, float]] = {}
+    for row in results["rows"]:
+        if row["quantity"] == "total_gain" and row["measured"]:
+            measured.setdefault((row["placement"], row["depth_rule"], row["depth"]), {})[row["step"]] = row["measured"]
+    deepest: dict[tuple[str, str], Stack] = {}
+    for stack in sorted(chosen, key=lambda s: s.key[2]):
+        deepest[stack.key[:2]] = stack
+    sentences = []
+    last: dict[str, Stack] = {}
+    for (placement, rule), stack in deepest.items():
+        judged = theory.verdict(predicted(stack, repeat), _body(stack, repeat), **_options(stack))
+        gains = [
+            f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
+            for step, gain in sorted(measured.get(stack.key, {}).items())
+            if step in (0, last_step)
+        ]
+        found = f"; {', '.join(gains)}" if gains else ""
+        sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
+        last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
+    for placement, stack in last.items():
+        depth = stack.key[2]
+        advised = theory.advised_rule(placement, depth, _body(stack, repeat), **_options(stack))
+        advice = f"choose {advised}" if advised else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
+        sentences.append(f"{placement}: at {depth} blocks and at initialization {advice}.")
+        trained = {key[1]: gains[last_step] for key, gains in measured.items()
+                   if (key[0], key[2]) == (placement, depth) and last_step in gains}  # fmt: skip
+        if last_step and trained:
+            kept = [rule for rule, gain in trained.items() if 1 / theory.FACTOR <= gain <= theory.FACTOR]
+            under = ", ".join(kept) if kept else f"none of {', '.join(trained)}"
+            sentences.append(f"{placement}: after {last_step} steps within a factor {theory.FACTOR:g} under {under}.")
+    return sentences
+
+
+def _body(stack: Stack, repeat: float) -> theory.Body:
+    return body_of(stack.config, stack.recipe.train.sequence_length, repeat)
+
+
+def _options(stack: Stack) -> dict[str, Any]:
+    return stack.config.placement_options or {}
