@@ -35,6 +35,12 @@ def test_the_zoo_holds_every_placement_in_both_tables_each_by_its_own_recipe() -
         assert arm.get("model.base_init", "fan_in") == asked
 
 
+def test_an_override_reaches_the_grids_dotted_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "compare: {grid: {train.seed: [0]}, arms: [{}]}")
+    recipe = load_recipe(path, ["compare.grid.train.seed=[1, 2]", "compare.grid.model.qk_norm=[true]"])
+    assert dict(recipe.compare.grid) == {"train.seed": (1, 2), "model.qk_norm": (True,)}
+
+
 def test_a_number_written_as_yaml_1_1_text_is_a_number(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "r.yaml", "train: {learning_rate: 6e-3}"))
     assert recipe.train.learning_rate == 0.006
