@@ -19,7 +19,7 @@ from spannorm.theory.recursion import Block, Branch, Kernels, cross
 EXACT = 256
 """Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of
 b/`STRETCH` blocks is worked out as two and continued as a geometric series."""
-STRETCH = 20
+STRETCH = 14
 
 PATHS: Mapping[str, tuple[Branch, ...]] = {
     "total": (), "skip": ("attn", "ffn"), "without attention": ("attn",), "without ffn": ("ffn",),
