@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from spannorm.init import parameter_groups
 from spannorm.routing import RoutingMeter
+from spannorm.train.optimizers import build_optimizer
 from spannorm.train.recipe import TrainRecipe
 
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -26,7 +26,8 @@ class Engine(Trainer):
     curves, spikes and failures mean what they mean for a dense model.
     """
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, optimizer_name: str = "adamw", **kwargs: Any) -> None:
+        self.optimizer_name = optimizer_name
         super().__init__(model, *args, **kwargs)
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
@@ -54,13 +55,13 @@ class Engine(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             args = self.args
-            groups = parameter_groups(
+            self.optimizer = build_optimizer(
                 self.model if model is None else model,
+                self.optimizer_name,
                 learning_rate=args.learning_rate,
                 weight_decay=args.weight_decay,
-            )
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
+                betas=(args.adam_beta1, args.adam_beta2),
+                epsilon=args.adam_epsilon,
             )
         return self.optimizer
 

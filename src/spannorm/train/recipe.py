@@ -17,6 +17,7 @@ import yaml
 
 from spannorm.errors import InputError, unknown
 from spannorm.kernels import KERNELS
+from spannorm.train.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """One training run: AdamW, warm-up, then cosine or warm-up–stable–decay."""
+    """One training run: AdamW or Muon, warm-up, then cosine or warm-up–stable–decay."""
 
     steps: int = 200
     """Optimizer steps."""
@@ -52,6 +53,8 @@ class TrainRecipe:
     """Forward passes per optimizer step."""
     learning_rate: float = 6e-3
     """Peak learning rate."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices inside blocks, AdamW for the rest, one learning rate for both."""
     schedule: str = "cosine"
     """`cosine`, or `wsd`: constant after warm-up, then linear decay."""
     warmup_steps: int = 20
@@ -253,6 +256,7 @@ def _check_ranges(recipe: Recipe) -> None:
             f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."
         )
     for name, value, known in [
+        ("train.optimizer", t.optimizer, OPTIMIZERS),
         ("train.schedule", t.schedule, ("cosine", "wsd")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),

@@ -145,7 +145,10 @@ def _train(
     recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent)
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
-    engine = Engine(model, arguments(t, out), train_dataset=sequences, callbacks=[recorder, Sealer(), board])
+    engine = Engine(
+        model, arguments(t, out), optimizer_name=t.optimizer, train_dataset=sequences,
+        callbacks=[recorder, Sealer(), board],
+    )  # fmt: skip
     engine.remove_callback(PrinterCallback)
     checkpoint = last_complete(out)
     if checkpoint is not None:
