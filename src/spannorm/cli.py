@@ -30,6 +30,10 @@ Imports = Annotated[
     typer.Option("--import", metavar="FILE", help="A Python file of yours to run first: it may register placements."),
 ]
 
+Jobs = Annotated[
+    int, typer.Option("--jobs", metavar="N", min=0, help="Runs at once; default one per GPU, or per core on a CPU.")
+]
+
 
 @app.command()
 def train(
@@ -61,16 +65,28 @@ def train(
 
 
 @app.command()
-def compare(recipe: RecipeFile, out: Out = None, overrides: Overrides = None, imports: Imports = None) -> None:
+def compare(
+    recipe: RecipeFile,
+    out: Out = None,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    jobs: Jobs = 0,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Run nothing: print a command per unfinished job, for a scheduler.")
+    ] = False,
+) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.compare import compare
+    from spannorm.lab.compare import commands, compare
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
-    results = compare(loaded, folder, imports=imports or ())
+    if print_commands:
+        typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
+        return
+    results = compare(loaded, folder, imports=imports or (), at_once=jobs)
     print_results(results, folder)
     if not results["complete"]:
         sys.exit(1)

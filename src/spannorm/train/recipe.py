@@ -88,6 +88,20 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True)
+class ProtocolRecipe:
+    """How arms meet on equal terms (docs/lab.md): each at its own best learning rate, chosen on `train.seed` and the
+    validation split, confirmed on fresh seeds and the test split."""
+
+    seeds: tuple[int, ...] = ()
+    """Fresh seeds for the confirmation: three for a look, five for a claim. None: the grid is run as it is written."""
+    extensions: int = 1
+    """How many learning rates the grid may grow by beyond each edge, for every arm, while one has its best there."""
+    pairs: tuple[tuple[str, ...], ...] = ()
+    """The arms to hold against each other, two and two, named beforehand as the report names them: placement, depth
+    rule, other overrides; or by the placement alone where one arm has it."""
+
+
+@dataclass(frozen=True)
 class CompareRecipe:
     """What a comparison varies. Keys are the dotted keys of `--set`; any key of the recipe will do."""
 
@@ -95,7 +109,9 @@ class CompareRecipe:
     """One mapping per arm: how it differs from the recipe, and under `table` the name of the table it stands in, where
     a comparison has several. A run that stands in two is run once."""
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Every arm is run with every combination of these values."""
+    """Every arm is run with every combination of these values. A value may be a mapping of several keys; the name it
+    stands under is then free."""
+    protocol: ProtocolRecipe = ProtocolRecipe()
 
 
 @dataclass(frozen=True)
@@ -263,6 +279,8 @@ def _check_ranges(recipe: Recipe) -> None:
     ]:
         if value not in known:
             raise unknown(name, value, known)
+    if recipe.compare.protocol.extensions < 0:
+        raise InputError(f"compare.protocol.extensions must not be negative; got {recipe.compare.protocol.extensions}.")
     for name in ("validation_fraction", "test_fraction"):
         if not 0 < getattr(d, name) < 0.5:
             raise InputError(f"data.{name} must lie between 0 and 0.5; got {getattr(d, name)}.")
