@@ -179,7 +179,7 @@ class Runner:
 
 
 def _outcome(result: Mapping[str, Any]) -> float | None:
-    return None if result["status"] == "failed" else float(result["val_loss"])
+    return None if result["status"] == "failed" else result["val_loss"]
 
 
 def places(threads: int, at_once: int = 0) -> list[dict[str, str]]:

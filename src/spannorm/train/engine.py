@@ -78,6 +78,8 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
     options: dict[str, Any]
     if t.schedule == "cosine":
         schedule, options = "cosine_with_min_lr", {"min_lr_rate": t.final_learning_rate}
+    elif t.schedule == "ramp":
+        schedule, options = "constant_with_warmup", {}
     else:
         decay = max(1, round(t.decay_fraction * t.steps))
         schedule = "warmup_stable_decay"
@@ -91,7 +93,7 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
         learning_rate=t.learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=options,
-        warmup_steps=t.warmup_steps,
+        warmup_steps=t.steps if t.schedule == "ramp" else t.warmup_steps,
         weight_decay=t.weight_decay,
         adam_beta1=t.adam_beta1,
         adam_beta2=t.adam_beta2,

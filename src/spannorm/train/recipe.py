@@ -56,7 +56,8 @@ class TrainRecipe:
     optimizer: str = "adamw"
     """`adamw`, or `muon`: Muon for the matrices inside blocks, AdamW for the rest, one learning rate for both."""
     schedule: str = "cosine"
-    """`cosine`, or `wsd`: constant after warm-up, then linear decay."""
+    """`cosine`; `wsd`: constant after warm-up, then linear decay; or `ramp`: from 0 up to the peak at the last step,
+    ended early once everything learned is lost (`spannorm max-lr`)."""
     warmup_steps: int = 20
     decay_fraction: float = 0.2
     """`wsd` only: the share of the steps spent decaying."""
@@ -81,6 +82,8 @@ class TrainRecipe:
     """Optimizer steps between checkpoints; the last step is always one."""
     probe_every: int = 50
     """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
+    collapse: bool = False
+    """After training, measure rank, spectrum and what the loss loses by each block when it is skipped."""
     seed: int = 0
     """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
     threads: int = 0
@@ -273,7 +276,7 @@ def _check_ranges(recipe: Recipe) -> None:
         )
     for name, value, known in [
         ("train.optimizer", t.optimizer, OPTIMIZERS),
-        ("train.schedule", t.schedule, ("cosine", "wsd")),
+        ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
     ]:
