@@ -142,7 +142,9 @@ def test_every_reference_in_the_page_meets_one_target(tmp_path):
 
 def test_figures_lie_beside_the_page_and_nothing_half_written_stays(tmp_path):
     draw(tmp_path, THREE)
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{n}.{k}" for n in FIGURES for k in ("png", "svg")}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{k}" for n in FIGURES for k in ("png", "svg", "csv")
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "jobs", "report.html", "figures"}
 
 

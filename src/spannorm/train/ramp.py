@@ -10,14 +10,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from spannorm.files import read_jsonl
 from spannorm.train.health import MARGIN_BELOW_UNIGRAM
-from spannorm.train.recorder import RECORDS
 
 PEAK = 5e-2
 """Where the published ramp ends, after 5,000 steps."""
@@ -66,21 +61,3 @@ def tolerated(records: Iterable[Mapping[str, Any]], unigram_loss: float) -> dict
             if share >= level:
                 rates.setdefault(level, steps[max(0, len(steps) - WINDOW)])
     return {"learned": learned.anything, "rates": {f"{level:g}": rates.get(level) for level in SHARES}}
-
-
-class RampEnd(TrainerCallback):
-    """Ends a ramp when all that was learned is lost: what comes after says nothing more."""
-
-    def __init__(self, folder: Path, unigram_loss: float) -> None:
-        self.folder, self.learned = folder, Learned(unigram_loss)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        for record in read_jsonl(self.folder / RECORDS):
-            if record["step"] <= state.global_step:
-                self.learned.lost(record["loss"])
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        if "grad_norm" in logs and self.learned.lost(logs["loss"]) >= max(SHARES):
-            control.should_training_stop, control.should_save = True, False

@@ -39,9 +39,9 @@ from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, uses_bf16
 from spannorm.train.environment import machine, versions
 from spannorm.train.health import failure, spike_steps
-from spannorm.train.ramp import RampEnd, tolerated
+from spannorm.train.ramp import tolerated
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import PROBES, RECORDS, Recorder
+from spannorm.train.recorder import PROBES, RECORDS, RampEnd, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 
 RUN, RESULT = "run.json", "result.json"
