@@ -102,7 +102,7 @@ def test_a_depth_rule_in_the_grid_makes_arms_and_other_keys_make_conditions(reci
 
 def test_a_pair_may_be_named_in_full_or_by_a_placement_that_one_arm_has(recipe: Recipe) -> None:
     plan = Plan(with_protocol(recipe, pairs=(("span 1/sqrt(L)", "pre"),)))
-    assert plan.pairs == [("span 1/sqrt(L)", "pre 1/sqrt(2L)")]
+    assert plan.pairs == [("", "span 1/sqrt(L)", "pre 1/sqrt(2L)")]
 
 
 TWICE = (*ARMS, {"model.placement": "span", "model.depth_rule": "none"})
@@ -117,7 +117,7 @@ TWICE = (*ARMS, {"model.placement": "span", "model.depth_rule": "none"})
         ({"grid": {"train.learning_rate": (1e-3, 2e-3)}}, "three or more"),
         ({"pairs": (("span", "per"),)}, "Known: pre 1/sqrt(2L)"),
         ({"pairs": (("span", "span"),)}, "two different arms"),
-        ({"pairs": (("span", "pre", "span"),)}, "two different arms"),
+        ({"pairs": (("span", "pre", "span"),)}, "two arms each"),
         ({"pairs": (("span", "pre"),), "arms": TWICE}, "span none"),
     ],
 )

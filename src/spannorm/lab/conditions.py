@@ -22,24 +22,28 @@ Cell = Mapping[str, Any]
 
 
 def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing]:
-    """Loss and best learning rate against the first number that the conditions differ in."""
-    key = _axis([cell for cell, _ in races])
-    if key is None:
-        return []
-    groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
-    others = _others([cell for cell, _ in races], key)
-    for cell, arms in races:
-        groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
-    return [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(groups.items()) if len(of) > 1]
+    """Loss and best learning rate against each number that the conditions differ in, all else equal."""
+    drawings = []
+    for key in _axes([cell for cell, _ in races]):
+        groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
+        others = _others([cell for cell, _ in races], key)
+        for cell, arms in races:
+            groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
+        several = [(rest, of) for rest, of in groups.items() if len(of) > 1]
+        drawings += [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(several)]
+    return drawings
 
 
-def _axis(cells: Sequence[Cell]) -> str | None:
+def _axes(cells: Sequence[Cell]) -> list[str]:
+    """The numbers that vary, depth first, without those that another one decides, as depth does width at fixed size."""
     keys = sorted(dict.fromkeys(k for cell in cells for k in cell), key=lambda k: not k.endswith("num_hidden_layers"))
+    found: list[str] = []
     for key in keys:
         values = [cell.get(key) for cell in cells]
-        if all(isinstance(v, int | float) for v in values) and len(set(values)) > 1:
-            return key
-    return None
+        varies = all(isinstance(v, int | float) for v in values) and len(set(values)) > 1
+        if varies and all(key in _others(cells, axis) for axis in found):
+            found.append(key)
+    return found
 
 
 def _others(cells: Sequence[Cell], key: str) -> list[str]:
@@ -117,7 +121,7 @@ def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float
 
 def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[str, Look], peak: float) -> list[Drawing]:
     """The largest tolerable learning rate against the conditions' first number, in the order of the conditions."""
-    key = _axis([t.cell for t in found])
+    key = next(iter(_axes([t.cell for t in found])), None)
     known = sorted({t.cell[key] for t in found}) if key else [0]
     arms = [Arm(t.placement, t.arm.partition(" ")[2], looks[t.arm], [], None, []) for t in found]
     arms = list({arm.label: arm for arm in arms}.values())[:MAX_ARMS]

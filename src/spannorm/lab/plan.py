@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spannorm.errors import InputError, unknown
+from spannorm.lab.summary import arms_named
 from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
@@ -169,21 +170,29 @@ class Plan:
     def _in_grid(self, key: str) -> bool:
         return key in self.recipe.compare.grid
 
-    def _checked_pairs(self) -> list[tuple[str, str]]:
-        """The pairs by full name; a placement's name alone will do where one arm has it."""
-        arms = list(dict.fromkeys(self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants()))
-
-        def full(name: str) -> str:
-            meant = [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[0] == name]
-            if len(meant) != 1:
-                raise unknown("arm in compare.protocol.pairs", name, arms)
-            return meant[0]
-
+    def _checked_pairs(self) -> list[tuple[str, str, str]]:
+        """Each pair in each table that has both: table and full names."""
         pairs = []
-        for pair in self.protocol.pairs:
-            if len(pair) != 2 or full(pair[0]) == full(pair[1]):
-                raise InputError(f"compare.protocol.pairs takes two different arms each; got {list(pair)}.")
-            pairs.append((full(pair[0]), full(pair[1])))
+        for given in self.protocol.pairs:
+            if len(given) != 2:
+                raise InputError(f"compare.protocol.pairs takes two arms each; got {list(given)}.")
+            found = []
+            for table in dict.fromkeys(entrant.table for entrant in self._entrants()):
+                arms = dict.fromkeys(
+                    self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants() if e.table == table
+                )
+                first, second = (arms_named(name, arms) for name in given)
+                if len(first) > 1 or len(second) > 1 or (first and first == second):
+                    raise InputError(
+                        f"compare.protocol.pairs must name two different arms each, and no more: {list(given)} can be "
+                        f"{', '.join([*first, *second])}."
+                    )
+                found += [(table, first[0], second[0])] if first and second else []
+            if not found:
+                every = dict.fromkeys(self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants())
+                wrong = next((name for name in given if not arms_named(name, every)), given[0])
+                raise unknown("arm in compare.protocol.pairs", wrong, every)
+            pairs += found
         return pairs
 
     def _check_protocol(self) -> None:

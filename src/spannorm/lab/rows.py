@@ -69,8 +69,8 @@ def arms_and_rows(
             _row(placement, variant, its, rate, shown if rate == best else group, rate == best, chosen)
             for rate, group in chosen.items()
         ]
-        orders |= {(placement, variant): rank(chosen[best])}
         orders |= {(f"{placement} {rate}", variant): rank(group) for rate, group in chosen.items()}
+        orders |= {(name, variant): rank(shown) for name in (placement, f"{placement} {best}")}
     arms.sort(key=lambda arm: orders[arm.placement, arm.variant])
     rows.sort(key=lambda row: orders[f"{row.placement} {row.learning_rate}", row.variant])
     return arms, rows

@@ -6,7 +6,7 @@ Reads the rows of `results.json` alone, so that a summary can be made again on a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +86,15 @@ def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]
         arms: dict[str, list[Row]] = {}
         for row in mine:
             arms.setdefault(row["arm"], []).append(row)
-        found = [
-            _pair(names[0], names[1], arms)
-            for pair in pairs
-            if len(names := [n for p in pair for n in _full(p, arms)]) == 2
-        ]
+        named = [[arm for name in pair for arm in arms_named(name, arms)] for pair in pairs]
+        found = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
         races.append(Race(table, json.loads(cell), [_standing(arm, of) for arm, of in arms.items()], found))
     return races
 
 
-def _full(name: str, arms: Mapping[str, Any]) -> list[str]:
+def arms_named(name: str, arms: Iterable[str]) -> list[str]:
+    """The arms that a name means: the one of that full name, or all of that placement."""
+    arms = list(arms)
     return [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[0] == name]
 
 
@@ -169,7 +168,7 @@ def _over_conditions(told: Sequence[tuple[str, Pair]], names: tuple[str, str]) -
     for place, pair in told:
         if (pair.first, pair.second) == names:
             sign = pair.difference.direction if pair.difference else 0
-            outcome = {-1: "ends below it", 1: "ends above it", 0: "shows no difference"}[sign]
+            outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
             failed = "failed" in pair.words
             groups.setdefault("cannot be compared for failures" if failed else outcome, []).append(place)
     parts = [f"{outcome} in {len(places)} ({'; '.join(places)})" for outcome, places in groups.items()]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spannorm.lab.arms import Job, values_of
+from spannorm.lab.statistics import CLAIM
 
 
 def listed(values: Iterable[object]) -> str:
@@ -20,7 +21,7 @@ def about(results: dict[str, Any], arms: int) -> str:
     depths = sorted({int(depth) for depth in values_of(jobs, "depth")})
     placements = {job["placement"] for job in jobs}
     text = f"{plural(arms, 'arm')} of {plural(len(placements), 'placement')}"
-    shape = [f"{' and '.join(map(str, depths))} blocks"] if depths else []
+    shape = [f"{listed(depths)} blocks"] if depths else []
     shape += [f"width {model['hidden_size']}"] if model.get("hidden_size") else []
     text += f": a decoder of {', '.join(shape)}," if shape else ","
     tokens = max(values_of(jobs, "tokens"), default=0)
@@ -37,12 +38,13 @@ def behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -
     told = f"Of {plural(len(jobs), 'job')}, {', '.join(f'{n} {status}' for status, n in states.most_common())}."
     fresh = {job["seed"] for job in jobs if job["stage"] == "confirmation"}
     if any(job["stage"] for job in jobs):
+        look = "" if len(fresh) >= CLAIM else f": a look, not a claim, which takes {CLAIM} seeds"
         rates: dict[str, set[float]] = {}
         for job in jobs:
             rates.setdefault(f"{job['tables']} {job['cell']} {job['arm']}", set()).add(job["learning_rate"])
         tried = sorted({len(of) for of in rates.values()})
         text = f"Each arm had {_span(tried, 'learning rate')} on one seed and the validation split; what it came to is "
-        return f"{text}measured on {plural(len(fresh), 'fresh seed')} and the test split. {told}"
+        return f"{text}measured on {plural(len(fresh), 'fresh seed')} and the test split{look}. {told}"
     seeds = sorted({len(group) for arm in arms for group in arm.values()})
     tried = sorted({len(arm) for arm in arms})
     text = f"Each arm has {_span(seeds, 'seed')} and {_span(tried, 'learning rate')}"
