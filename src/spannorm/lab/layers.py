@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from spannorm.lab.arms import Arm
 from spannorm.lab.figures import MAX_ARMS, Drawing
@@ -85,7 +85,7 @@ def _through(arms: Sequence[Arm]) -> Drawing | None:
                 ax.annotate(text, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
                             weight="bold", color=arm.look.color, parse_math=False)  # fmt: skip
     for half, (key, name) in enumerate(_THROUGH.items()):
-        left = 0.35 + half * 2.6
+        left = 0.35 + half * 3.3
         bar = fig.add_axes((left / WIDTH, 0.22 / height, 1.5 / WIDTH, 0.07 / height))
         fig.colorbar(bars[key], cax=bar, orientation="horizontal")
         bar.tick_params(labelsize=6.5, length=2)
@@ -116,6 +116,8 @@ def _collapse(arms: Sequence[Arm]) -> Drawing | None:
                     end[arm.label] = float(mean[-1])
                 if key == "skip_cost":
                     costs += [*mean]
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0].set(title="effective rank", xlabel="layer")
     axes[1].set(title="loss rise, block skipped", xlabel="block")
     if costs:

@@ -73,6 +73,6 @@ def tolerance_lines(found: Sequence[Tolerance]) -> list[str]:
         by_arm.setdefault(f"{t.table}: {t.arm}" if t.table else t.arm, []).append(t)
     lines = []
     for arm, of in by_arm.items():
-        told = [f"{condition(t.cell)}: {t.words}" if t.cell else t.words for t in of]
-        lines.append(f"{arm} takes {'; '.join(told)}.")
+        told = [f"{t.words} at {condition(t.cell)}" if t.cell else t.words for t in of]
+        lines.append(f"{arm}: {'; '.join(told)}.")
     return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "The other arms are in the table."]
