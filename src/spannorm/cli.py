@@ -30,6 +30,14 @@ Imports = Annotated[
     typer.Option("--import", metavar="FILE", help="A Python file of yours to run first: it may register placements."),
 ]
 
+Jobs = Annotated[
+    int, typer.Option("--jobs", metavar="N", min=0, help="Runs at once; default one per GPU, or per core on a CPU.")
+]
+
+PrintCommands = Annotated[
+    bool, typer.Option("--print-commands", help="Run nothing: print a command per unfinished job, for a scheduler.")
+]
+
 
 @app.command()
 def train(
@@ -61,17 +69,55 @@ def train(
 
 
 @app.command()
-def compare(recipe: RecipeFile, out: Out = None, overrides: Overrides = None, imports: Imports = None) -> None:
+def compare(
+    recipe: RecipeFile,
+    out: Out = None,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    jobs: Jobs = 0,
+    print_commands: PrintCommands = False,
+) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.compare import compare
+    from spannorm.lab.compare import commands, compare
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
-    results = compare(loaded, folder, imports=imports or ())
+    if print_commands:
+        typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
+        return
+    results = compare(loaded, folder, imports=imports or (), at_once=jobs)
     print_results(results, folder)
+    if not results["complete"]:
+        sys.exit(1)
+
+
+@app.command(name="max-lr")
+def max_lr(
+    recipe: RecipeFile,
+    out: Out = None,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    jobs: Jobs = 0,
+    peak: Annotated[float, typer.Option("--peak", help="Where the ramp ends, after train.steps steps.")] = 5e-2,
+    print_commands: PrintCommands = False,
+) -> None:
+    """Find the largest learning rate that each arm takes, by ramps; a table, results.json, report.html. Resumes."""
+    from spannorm.lab.compare import commands, compare
+    from spannorm.lab.max_lr import print_tolerances, ramps
+    from spannorm.train.recipe import load_recipe
+
+    run_files(imports)
+    loaded = ramps(load_recipe(recipe, overrides or ()), peak)
+    folder = out or Path("runs") / loaded.name
+    if print_commands:
+        typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
+        return
+    results = compare(loaded, folder, imports=imports or (), at_once=jobs)
+    print_tolerances(results["arms"])
+    typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
     if not results["complete"]:
         sys.exit(1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,13 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
     return InitReceipt(tuple(rows))
 
 
-def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
+def matrices_of_blocks(model: nn.Module) -> list[Tensor]:
+    """The 2-D weights of attention and feed-forward: what a matrix optimizer such as Muon is for."""
+    outside = {"embedding", "head", "router", *NO_DECAY}
+    return [p for _, p, role, _ in _named_roles(model) if p.ndim == 2 and role not in outside]
+
+
+def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups for AdamW, one per (learning rate, weight decay).
 
     Weight decay falls on matrices alone: not on norms, biases, learned gains and embeddings (nor on a head tied to

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from spannorm.errors import InputError
-from spannorm.lab.compare import compare, jobs_of
+from spannorm.lab.compare import commands, compare
+from spannorm.lab.plan import Plan
 from spannorm.lab.report import draw_report
 from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
 
@@ -138,9 +139,25 @@ def test_a_crashed_job_is_named_with_its_log_and_tried_again(
     assert results["complete"] and results["arms"][0]["val_loss"] is not None
 
 
+def test_printed_commands_run_anywhere_and_the_comparison_gathers_them(
+    comparison: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = replace(comparison, compare=CompareRecipe(arms=ARMS[:2]))
+    printed = commands(two, tmp_path / "out")
+    assert len(printed) == 2 and not list(tmp_path.glob("out/jobs/*/result.json")), "nothing runs"
+    subprocess.run(printed[0], shell=True, check=True, cwd="/", capture_output=True)
+    assert commands(two, tmp_path / "out") == printed[1:]
+    subprocess.run(printed[1], shell=True, check=True, cwd="/", capture_output=True)
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    results = compare(two, tmp_path / "out")
+    assert results["complete"] and commands(two, tmp_path / "out") == []
+    assert losses(tmp_path / "out").items() <= losses(finished).items(), "the same runs as on this machine's cores"
+    assert not list(tmp_path.glob("out/jobs/*/checkpoint-*")), "a finished run needs none"
+
+
 def test_jobs_are_arms_times_grid(recipe: Recipe) -> None:
     grid = {"train.learning_rate": (1e-3, 3e-3), "train.seed": (0, 1, 2)}
-    jobs = jobs_of(replace(recipe, compare=CompareRecipe(arms=ARMS, grid=grid)))
+    jobs = Plan(replace(recipe, compare=CompareRecipe(arms=ARMS, grid=grid))).jobs({})
     seen = [(j.recipe.model["placement"], j.recipe.train.learning_rate, j.recipe.train.seed) for j in jobs]
     assert seen == list(itertools.product(["pre", "post", "span"], [1e-3, 3e-3], [0, 1, 2]))
     assert len({job.name for job in jobs}) == 18 and not any(os.sep in job.name for job in jobs)
@@ -149,7 +166,7 @@ def test_jobs_are_arms_times_grid(recipe: Recipe) -> None:
 def test_a_run_that_stands_in_two_tables_is_one_job(recipe: Recipe) -> None:
     arms = [{"table": t, "model.placement": p} for t in ("common body", "own recipe") for p in ("pre", "span")]
     arms.append({"table": "own recipe", "model.placement": "pre", "model.base_init": "normal"})
-    jobs = jobs_of(replace(recipe, compare=CompareRecipe(arms=tuple(arms))))
+    jobs = Plan(replace(recipe, compare=CompareRecipe(arms=tuple(arms)))).jobs({})
     assert [job.tables for job in jobs] == [("common body", "own recipe")] * 2 + [("own recipe",)]
     assert all("table" not in job.overrides for job in jobs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -14,80 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_files import arm, comparison, failed
 
 from spannorm.errors import InputError
 from spannorm.lab.report import draw_report
 
-STEPS, LAYERS = 60, 4
 FIGURES = {"loss", "gradient_norm", "gradient_by_layer", "signal_by_layer", "similarity"}
-
-
-def arm(placement: str, rule: str = "none", **given: Any) -> dict[str, Any]:
-    """A row of results.json; the keywords say how it differs from a run that went well."""
-    rate, seed = given.get("learning_rate", 6e-3), given.get("seed", 0)
-    row = {
-        "job": f"{placement}-{rule.replace('/', '-')}-lr{rate}-seed{seed}",
-        "placement": placement,
-        "depth_rule": rule,
-        "seed": seed,
-        "learning_rate": rate,
-        "overrides": {"model.placement": placement, "model.depth_rule": rule},
-        "status": "ok",
-        "reason": None,
-        "val_loss": 1.9,
-        "test_loss": 1.95,
-        "bits_per_byte": 2.7,
-        "unigram_loss": 3.1,
-        "spike_score": 0.01,
-        "max_grad_norm": 4.2,
-        "tokens_per_second": 6100.0,
-        "parameters": 1_612_345,
-        "body_parameters": 1_579_577,
-        "depth": LAYERS,
-        "steps": STEPS,
-        "steps_done": STEPS,
-        "tokens": STEPS * 512,
-    }
-    return row | given
-
-
-def failed(placement: str, rule: str, reason: str, **given: Any) -> dict[str, Any]:
-    done = 30 if reason == "non-finite" else STEPS
-    loss = None if reason == "non-finite" else 3.09
-    return arm(placement, rule, status="failed", reason=reason, val_loss=loss, test_loss=loss, steps_done=done, **given)
-
-
-def comparison(folder: Path, arms: list[dict[str, Any]], name: str = "demo") -> Path:
-    """Write the files of a comparison."""
-    for row in arms:
-        job = folder / "jobs" / row["job"]
-        job.mkdir(parents=True)
-        done = row["steps_done"]
-        records, probes = [], []
-        for step in range(1, done + 1):
-            loss: float | None = 1.9 + 3.6 * math.exp(-step / 12) + 0.02 * math.sin(step)
-            if row["reason"] == "non-finite" and step == done:
-                loss = None
-            records.append({"step": step, "loss": loss, "grad_norm": loss and loss / 2, "learning_rate": 1e-3})
-        for step in (0, done) if done else ():
-            end = [None] * (LAYERS + 1) if row["reason"] == "non-finite" and step else None
-            cosines = [[math.exp(-abs(i - j) / 3) for i in range(LAYERS + 1)] for j in range(LAYERS + 1)]
-            gradient, signal = [0.5**i for i in range(LAYERS + 1)], [1.0 + i for i in range(LAYERS + 1)]
-            probes.append({"step": step, "signal_rms": end or signal, "gradient_rms": end or gradient})
-            probes[-1]["similarity"] = [end] * (LAYERS + 1) if end else cosines
-        (job / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        (job / "probes.jsonl").write_text("".join(json.dumps(p) + "\n" for p in probes))
-    results = {
-        "name": name,
-        "recipe": {"name": name, "model": {"hidden_size": 64}, "train": {"steps": STEPS}},
-        "versions": {"torch": "2.11.0", "spannorm": "0.1.0"},
-        "machine": {"platform": "Linux", "cores": 8, "device": None},
-        "data": {"corpus": "stdlib", "sha256": "0badcafe" * 8},
-        "arms": arms,
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
-
 
 THREE = [arm("pre", "1/sqrt(2L)"), arm("span", "1/sqrt(L):forward", val_loss=1.8), failed("post", "none", "non-finite")]
 
@@ -142,7 +73,9 @@ def test_every_reference_in_the_page_meets_one_target(tmp_path):
 
 def test_figures_lie_beside_the_page_and_nothing_half_written_stays(tmp_path):
     draw(tmp_path, THREE)
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{n}.{k}" for n in FIGURES for k in ("png", "svg")}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{k}" for n in FIGURES for k in ("png", "svg", "csv")
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "jobs", "report.html", "figures"}
 
 

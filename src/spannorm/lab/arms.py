@@ -62,10 +62,16 @@ class Run:
     status: str
     reason: str | None
     val_loss: float | None
+    test_loss: float | None
     loss: Series
     grad_norm: Series
+    learning_rate: Series
     probes: list[dict[str, Any]] = field(default_factory=list)
     """The first and the last probe (one, if there is only one)."""
+    through: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """`gradient_rms` and `signal_rms` through training: the probes' steps, and (probes, layers)."""
+    collapse: dict[str, list[float]] = field(default_factory=dict)
+    """See `spannorm.train.collapse`."""
     routing: dict[str, Series] = field(default_factory=dict)
     """Of a mixture of experts: what its routers did, by name of `spannorm.train.health.ROUTING`."""
 
@@ -90,7 +96,9 @@ class Arm:
     learning_rate: float | None
     """The one drawn."""
     runs: list[Run]
-    """The seeds at that learning rate."""
+    """The seeds at that learning rate: under a protocol the fresh ones, as soon as there are any."""
+    confirmed: bool = False
+    """Whether they are fresh: others than the one on which the rate was chosen."""
 
     @property
     def label(self) -> str:
@@ -150,6 +158,7 @@ def read_results(path: Path) -> dict[str, Any]:
             arm.setdefault(key, None)
         arm["overrides"] = arm.get("overrides") or {}
         arm["tables"] = arm.get("tables") or [""]
+        arm["cell"], arm["stage"] = arm.get("cell") or {}, arm.get("stage") or ""
     sections = ("recipe", "versions", "machine", "data")
     return {"name": str(results.get("name", path.parent.name)), "arms": arms} | {
         key: results[key] if isinstance(results.get(key), dict) else {} for key in sections
@@ -185,10 +194,24 @@ def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
         pairs = pairs[(np.abs(pairs) < LARGEST).all(axis=1)]
         return Series(pairs[:, 0], pairs[:, 1])
 
-    ends = probes if len(probes) < 2 else [probes[0], probes[-1]]
-    val_loss = next(iter(values_of([job], "val_loss")), None)
-    routing = {name: measured for name in ROUTING if len((measured := series(name)).steps)}
-    return Run(job["seed"], job["status"], job["reason"], val_loss, series("loss"), series("grad_norm"), ends, routing)
+    def layers(key: str) -> tuple[Array, Array]:
+        rows = [[np.nan if v is None else v for v in probe[key]] for probe in probes if probe.get(key)]
+        return np.array([probe["step"] for probe in probes if probe.get(key)], dtype=np.float64), np.array(rows)
+
+    return Run(
+        job["seed"],
+        job["status"],
+        job["reason"],
+        next(iter(values_of([job], "val_loss")), None),
+        next(iter(values_of([job], "test_loss")), None),
+        series("loss"),
+        series("grad_norm"),
+        series("learning_rate"),
+        probes if len(probes) < 2 else [probes[0], probes[-1]],
+        {key: layers(key) for key in ("gradient_rms", "signal_rms")},
+        job.get("collapse") or {},
+        {name: measured for name in ROUTING if len((measured := series(name)).steps)},
+    )
 
 
 def group_jobs(jobs: Sequence[Job]) -> Groups:
@@ -198,7 +221,8 @@ def group_jobs(jobs: Sequence[Job]) -> Groups:
     groups: Groups = {}
     for job in sorted(jobs, key=lambda job: (job["learning_rate"] or 0, job["seed"] or 0)):
         parts = [f"{k.rpartition('.')[2]}={job['overrides'][k]}" for k in varied if k in job["overrides"]]
-        key = (job["placement"], " ".join([job["depth_rule"], *parts]))
+        variant = job["arm"].partition(" ")[2] if job.get("arm") else " ".join([job["depth_rule"], *parts])
+        key = (job["placement"], variant)
         groups.setdefault(key, {}).setdefault(job["learning_rate"], []).append(job)
     return groups
 

@@ -47,9 +47,15 @@ class Drawing:
 def draw(arms: Sequence[Arm], unigram_loss: float | None) -> list[Drawing]:
     """Every figure that the arms have data for. Call it inside `matplotlib.rc_context(STYLE)`."""
     arms = arms[:MAX_ARMS]
-    made = [_loss(arms, unigram_loss), _rates(arms), _grad_norm(arms)]
+    made = [_loss(arms, unigram_loss), _grad_norm(arms)]
     made += [_layers(arms, "gradient"), _layers(arms, "signal"), _similarity(arms)]
     return [drawing for drawing in made if drawing is not None]
+
+
+def draw_rates(arms: Sequence[Arm]) -> list[Drawing]:
+    """Loss by learning rate, where there are several. Call it inside `matplotlib.rc_context(STYLE)`."""
+    drawing = _rates(arms[:MAX_ARMS])
+    return [] if drawing is None else [drawing]
 
 
 def _loss(arms: Sequence[Arm], unigram: float | None) -> Drawing | None:
@@ -128,7 +134,8 @@ def _rates(arms: Sequence[Arm]) -> Drawing | None:
         held = [r for r in tried[arm.label] if r.losses]
         means = [float(np.mean(r.losses)) for r in held]
         drawn += means
-        ax.plot([r.learning_rate for r in held], means, marker="o", markersize=3.5, linewidth=1.3, **arm.look.line)
+        ax.plot([r.learning_rate for r in held], means, marker="o", markersize=3.5, linewidth=1.3, label=arm.label,
+                **arm.look.line)  # fmt: skip
         for r in held:
             ax.plot([r.learning_rate] * 2, [min(r.losses), max(r.losses)], color=arm.look.color, lw=3, alpha=0.25)
         if held and held[-1].learning_rate == known[-1]:
@@ -239,6 +246,7 @@ def _similarity(arms: Sequence[Arm]) -> Drawing | None:
         box = (left / WIDTH, bottom / height, (side - 0.2) / WIDTH, (side - 0.2) / height)
         ax = fig.add_axes(box)
         image = ax.imshow(map_, cmap="viridis", vmin=min(low, 0.9), vmax=1, origin="lower", interpolation="none")
+        image.set_label(arm.label)
         ax.grid(False)
         ax.set_facecolor("#dddddd")
         text = f"{shortened(arm.variant, 25)}{' ✕' if arm.failed else ''}"

@@ -76,7 +76,7 @@ def spread(wanted: Sequence[float], gap: float, room: float) -> list[float]:
 
 
 def curve(ax: Any, arm: Arm, x: Array, mean: Array, low: Array, high: Array, width: float = 1.5) -> None:
-    ax.plot(x, mean, linewidth=0.75 * width if arm.failed else width, **arm.look.line)
+    ax.plot(x, mean, linewidth=0.75 * width if arm.failed else width, label=arm.label, **arm.look.line)
     if len(arm.shown) > 1:
         ax.fill_between(x, low, high, color=arm.look.color, alpha=0.13, linewidth=0)
 

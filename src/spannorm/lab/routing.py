@@ -84,6 +84,7 @@ def _load(arms: Sequence[Arm]) -> Drawing | None:
         box = (0.45 + column * side, height - (row + 1) * pitch + 0.1, side - 0.25, pitch - 0.5)
         ax = fig.add_axes((box[0] / WIDTH, box[1] / height, box[2] / WIDTH, box[3] / height))
         image = ax.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, origin="lower", interpolation="none", aspect="auto")
+        image.set_label(arm.label)
         ax.grid(False)
         ax.set_facecolor("#dddddd")
         text = f"{shortened(arm.variant, 30)}{' ✕' if arm.failed else ''}"

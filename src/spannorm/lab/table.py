@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ from rich.text import Text
 
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
+from spannorm.lab.summary import condition, summarize, verdict_lines
 from spannorm.placements.catalog import Entry
 from spannorm.train.display import wide_console
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:
-    """Print each table's arms by validation loss, failures last, and where the report lies."""
+    """Print each table's arms by validation loss, failures last, then the verdict and where the report lies."""
     console = console or wide_console()
-    for name in dict.fromkeys(table for arm in results["arms"] for table in arm["tables"]):
+    keys = dict.fromkeys((table, json.dumps(arm["cell"])) for arm in results["arms"] for table in arm["tables"])
+    for table_name, cell in keys:
+        name = ", ".join(filter(None, [table_name, condition(json.loads(cell))]))
         title = f"{results['name']}{', ' if name else ''}{name}: validation loss in nats per token"
         table = Table(title=title, title_justify="left", box=None)
         for heading in ("placement", "depth rule"):
@@ -28,7 +32,8 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
         for heading in ("lr", "seed", "val loss", "bits/byte", "test loss", "max grad", "spikes", "tokens/s"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("")
-        groups = group_jobs([arm for arm in results["arms"] if name in arm["tables"]])
+        mine = [a for a in results["arms"] if table_name in a["tables"] and json.dumps(a["cell"]) == cell]
+        groups = group_jobs(mine)
         rows = [(arm, variant) for (_, variant), rates in groups.items() for group in rates.values() for arm in group]
         for arm, variant in sorted(rows, key=lambda row: by_loss(row[0])):
             table.add_row(
@@ -46,6 +51,10 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
                 style="red" if arm["status"] == "failed" else "",
             )
         console.print(table)
+    protocol = results["recipe"]["compare"]["protocol"]
+    if protocol["seeds"]:
+        for line in verdict_lines(summarize(results["arms"], protocol["pairs"])):
+            console.print(f"• {line}", highlight=False)
     console.print(f"results  {out / RESULTS}\nreport   {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 

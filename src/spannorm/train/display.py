@@ -19,6 +19,7 @@ from spannorm.models import SpanNormConfig
 from spannorm.train.health import WINDOW, spike_steps
 from spannorm.train.recipe import Recipe
 
+_MOST_ROWS = 36
 _BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {"waiting": "dim", "running": "cyan", "ok": "green", "failed": "bold red", "stopped": "yellow"}
 
@@ -141,7 +142,9 @@ class Board:
         for heading in ("max violation", "dead experts") if sparse else ():
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        for row in self.rows:
+        # A terminal holds some forty lines: of hundreds of runs, those begun last.
+        begun = [row for row in self.rows if row.status != "waiting"]
+        for row in self.rows if len(self.rows) <= _MOST_ROWS else begun[-_MOST_ROWS:]:
             speed = row.tokens_per_second
             table.add_row(
                 row.placement,
@@ -160,7 +163,8 @@ class Board:
                 style="dim" if row.status == "waiting" else "",
             )
         elapsed = time.monotonic() - self._began
-        return Group(table, Text(f"{_clock(elapsed)} elapsed", style="dim"))
+        ended = sum(row.status in ("ok", "failed") for row in self.rows)
+        return Group(table, Text(f"{ended} of {len(self.rows)} ended, {_clock(elapsed)} elapsed", style="dim"))
 
 
 def wide_console() -> Console:

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from spannorm.init import parameter_groups
 from spannorm.routing import RoutingMeter
+from spannorm.train.optimizers import build_optimizer
 from spannorm.train.recipe import TrainRecipe
 
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -26,7 +26,8 @@ class Engine(Trainer):
     curves, spikes and failures mean what they mean for a dense model.
     """
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, optimizer_name: str = "adamw", **kwargs: Any) -> None:
+        self.optimizer_name = optimizer_name
         super().__init__(model, *args, **kwargs)
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
@@ -54,13 +55,13 @@ class Engine(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             args = self.args
-            groups = parameter_groups(
+            self.optimizer = build_optimizer(
                 self.model if model is None else model,
+                self.optimizer_name,
                 learning_rate=args.learning_rate,
                 weight_decay=args.weight_decay,
-            )
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
+                betas=(args.adam_beta1, args.adam_beta2),
+                epsilon=args.adam_epsilon,
             )
         return self.optimizer
 
@@ -77,6 +78,8 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
     options: dict[str, Any]
     if t.schedule == "cosine":
         schedule, options = "cosine_with_min_lr", {"min_lr_rate": t.final_learning_rate}
+    elif t.schedule == "ramp":
+        schedule, options = "constant_with_warmup", {}
     else:
         decay = max(1, round(t.decay_fraction * t.steps))
         schedule = "warmup_stable_decay"
@@ -90,7 +93,7 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
         learning_rate=t.learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=options,
-        warmup_steps=t.warmup_steps,
+        warmup_steps=t.steps if t.schedule == "ramp" else t.warmup_steps,
         weight_decay=t.weight_decay,
         adam_beta1=t.adam_beta1,
         adam_beta2=t.adam_beta2,

@@ -17,6 +17,7 @@ import yaml
 
 from spannorm.errors import InputError, unknown
 from spannorm.kernels import KERNELS
+from spannorm.train.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """One training run: AdamW, warm-up, then cosine or warm-up–stable–decay."""
+    """One training run: AdamW or Muon, warm-up, then cosine or warm-up–stable–decay."""
 
     steps: int = 200
     """Optimizer steps."""
@@ -52,8 +53,11 @@ class TrainRecipe:
     """Forward passes per optimizer step."""
     learning_rate: float = 6e-3
     """Peak learning rate."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices inside blocks, AdamW for the rest, one learning rate for both."""
     schedule: str = "cosine"
-    """`cosine`, or `wsd`: constant after warm-up, then linear decay."""
+    """`cosine`; `wsd`: constant after warm-up, then linear decay; or `ramp`: from 0 up to the peak at the last step,
+    ended early once everything learned is lost (`spannorm max-lr`)."""
     warmup_steps: int = 20
     decay_fraction: float = 0.2
     """`wsd` only: the share of the steps spent decaying."""
@@ -78,10 +82,26 @@ class TrainRecipe:
     """Optimizer steps between checkpoints; the last step is always one."""
     probe_every: int = 50
     """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
+    collapse: bool = False
+    """After training, measure rank, spectrum and what the loss loses by each block when it is skipped."""
     seed: int = 0
     """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
     threads: int = 0
     """CPU threads of this run; 0 leaves PyTorch's choice."""
+
+
+@dataclass(frozen=True)
+class ProtocolRecipe:
+    """How arms meet on equal terms (docs/lab.md): each at its own best learning rate, chosen on `train.seed` and the
+    validation split, confirmed on fresh seeds and the test split."""
+
+    seeds: tuple[int, ...] = ()
+    """Fresh seeds for the confirmation: three for a look, five for a claim. None: the grid is run as it is written."""
+    extensions: int = 1
+    """How many learning rates the grid may grow by beyond each edge, for every arm, while one has its best there."""
+    pairs: tuple[tuple[str, ...], ...] = ()
+    """The arms to hold against each other, two and two, named beforehand as the report names them: placement, depth
+    rule, other overrides; or by the placement alone where one arm has it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,9 @@ class CompareRecipe:
     """One mapping per arm: how it differs from the recipe, and under `table` the name of the table it stands in, where
     a comparison has several. A run that stands in two is run once."""
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Every arm is run with every combination of these values."""
+    """Every arm is run with every combination of these values. A value may be a mapping of several keys; the name it
+    stands under is then free."""
+    protocol: ProtocolRecipe = ProtocolRecipe()
 
 
 @dataclass(frozen=True)
@@ -257,12 +279,15 @@ def _check_ranges(recipe: Recipe) -> None:
             f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."
         )
     for name, value, known in [
-        ("train.schedule", t.schedule, ("cosine", "wsd")),
+        ("train.optimizer", t.optimizer, OPTIMIZERS),
+        ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
     ]:
         if value not in known:
             raise unknown(name, value, known)
+    if recipe.compare.protocol.extensions < 0:
+        raise InputError(f"compare.protocol.extensions must not be negative; got {recipe.compare.protocol.extensions}.")
     for name in ("validation_fraction", "test_fraction"):
         if not 0 < getattr(d, name) < 0.5:
             raise InputError(f"data.{name} must lie between 0 and 0.5; got {getattr(d, name)}.")

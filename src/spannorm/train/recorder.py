@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spannorm.files import append_json, read_jsonl, write_text
 from spannorm.train.health import ROUTING
+from spannorm.train.ramp import SHARES, Learned
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 
@@ -109,3 +110,21 @@ class Recorder(TrainerCallback):
 
     def _probe(self, step: int) -> None:
         append_json(self.folder / PROBES, {"step": step, **self.probe()})
+
+
+class RampEnd(TrainerCallback):
+    """Ends a ramp when all that was learned is lost: what comes after says nothing more."""
+
+    def __init__(self, folder: Path, unigram_loss: float) -> None:
+        self.folder, self.learned = folder, Learned(unigram_loss)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        for record in read_jsonl(self.folder / RECORDS):
+            if record["step"] <= state.global_step:
+                self.learned.lost(record["loss"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if "grad_norm" in logs and self.learned.lost(logs["loss"]) >= max(SHARES):
+            control.should_training_stop, control.should_save = True, False

@@ -34,12 +34,14 @@ from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
 from spannorm.routing import RoutingMeter, RoutingRecord
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
+from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, uses_bf16
 from spannorm.train.environment import machine, versions
 from spannorm.train.health import failure, spike_steps
+from spannorm.train.ramp import tolerated
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import PROBES, RECORDS, Recorder
+from spannorm.train.recorder import PROBES, RECORDS, RampEnd, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 
 RUN, RESULT = "run.json", "result.json"
@@ -145,7 +147,12 @@ def _train(
     recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent)
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
-    engine = Engine(model, arguments(t, out), train_dataset=sequences, callbacks=[recorder, Sealer(), board])
+    engine = Engine(
+        model, arguments(t, out), optimizer_name=t.optimizer, train_dataset=sequences,
+        callbacks=[recorder, Sealer(), board],
+    )  # fmt: skip
+    if t.schedule == "ramp":
+        engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
     engine.remove_callback(PrinterCallback)
     checkpoint = last_complete(out)
     if checkpoint is not None:
@@ -160,6 +167,9 @@ def _train(
         }
         result: dict[str, Any] = finite(_result(recipe, out, model, tokens, losses))
         if not recorder.diverged:
+            if t.collapse:
+                ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
+                result["collapse"] = finite(collapse(model, ids, t.batch_size, engine.args.bf16))
             model.save_pretrained(out / "model")
             tokens.tokenizer().save_pretrained(out / "model")
         write_json(out / RESULT, result)
@@ -243,12 +253,15 @@ def _result(
     train_losses = [r["loss"] for r in records]
     spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
     unigram = tokens.unigram_loss("validation")
-    reason = failure(train_losses, spiked, losses["validation"], unigram)
+    ramp = t.schedule == "ramp"
+    # A ramp is meant to diverge: where it does so is its result.
+    reason = None if ramp else failure(train_losses, spiked, losses["validation"], unigram)
     # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
     seconds = statistics.median(r["seconds"] for r in records)
     per_step = t.sequence_length * t.batch_size * t.accumulation
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
-    routing = [RoutingRecord(**p["routing"]).summary() for p in read_jsonl(out / PROBES) if "routing" in p]
+    probes = read_jsonl(out / PROBES)
+    routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
     head, idle = model.lm_head.weight.numel(), model.idle_parameters()
     body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
     return {
@@ -262,6 +275,7 @@ def _result(
         "test_loss": losses["test"],
         "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
         "unigram_loss": unigram,
+        "initial_loss": probes[0]["loss"],
         "spikes": len(spiked),
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),
@@ -279,6 +293,7 @@ def _result(
         "threads": torch.get_num_threads(),
         "precision": "bf16" if uses_bf16(t) else "fp32",
         "routing": routing[-1] if routing else None,
+        **({"tolerated": tolerated(records, unigram)} if ramp else {}),
     }
 
 

@@ -1,0 +1,168 @@
+"""Figures across conditions: loss and best learning rate against depth (or width), and how high a rate is tolerated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from spannorm.lab.arms import Arm, Look
+from spannorm.lab.figures import MAX_ARMS, Drawing
+from spannorm.lab.panels import limits, panels, plain_log
+from spannorm.lab.statistics import estimate
+from spannorm.lab.summary import condition
+from spannorm.lab.tolerance import Tolerance
+from spannorm.train.ramp import SHARE, SHARES
+
+_NAMES = {"num_hidden_layers": "blocks", "hidden_size": "width"}
+Cell = Mapping[str, Any]
+
+
+def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing]:
+    """Loss and best learning rate against each number that the conditions differ in, all else equal."""
+    drawings = []
+    for key in _axes([cell for cell, _ in races]):
+        groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
+        others = _others([cell for cell, _ in races], key)
+        for cell, arms in races:
+            groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
+        several = [(rest, of) for rest, of in groups.items() if len(of) > 1]
+        drawings += [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(several)]
+    return drawings
+
+
+def _axes(cells: Sequence[Cell]) -> list[str]:
+    """The numbers that vary, depth first, without those that another one decides, as depth does width at fixed size."""
+    keys = sorted(dict.fromkeys(k for cell in cells for k in cell), key=lambda k: not k.endswith("num_hidden_layers"))
+    found: list[str] = []
+    for key in keys:
+        values = [cell.get(key) for cell in cells]
+        varies = all(isinstance(v, int | float) for v in values) and len(set(values)) > 1
+        if varies and all(key in _others(cells, axis) for axis in found):
+            found.append(key)
+    return found
+
+
+def _others(cells: Sequence[Cell], key: str) -> list[str]:
+    """The keys that vary at one value of the axis; what changes with the axis, as width at fixed size, is not one."""
+    by_x: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        by_x.setdefault(cell[key], []).append(cell)
+    names = dict.fromkeys(k for cell in cells for k in cell if k != key)
+    return [k for k in names if any(len({json.dumps(c.get(k)) for c in of}) > 1 for of in by_x.values())]
+
+
+def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], number: int) -> Drawing:
+    races = sorted(races, key=lambda race: race[0][key])
+    arms = list({arm.label: replace(arm, runs=[]) for _, arms in races for arm in arms}.values())[:MAX_ARMS]
+    fig, axes, label = panels(2, arms)
+    known = [cell[key] for cell, _ in races]
+    losses, end = [], {}
+    for arm in arms:
+        points, lost, rates = [], [], []
+        for cell, of in races:
+            here = next((a for a in of if a.label == arm.label), None)
+            if here is None:
+                continue
+            loss = estimate(final_losses(here))
+            if loss is None:
+                lost.append(cell[key])
+                continue
+            points.append((cell[key], loss.mean))
+            losses.append(loss.mean)
+            tried = [rate.learning_rate for rate in here.rates]
+            rates.append(
+                (cell[key], here.learning_rate, len(tried) > 1 and here.learning_rate in (tried[0], tried[-1]))
+            )
+            axes[0].plot([cell[key]] * loss.count, final_losses(here), "o", color=arm.look.color, markersize=2.5)
+        axes[0].plot(*_columns(points), linewidth=1.4, label=arm.label, **arm.look.line)
+        for x in lost:
+            axes[0].plot(x, 0.985, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False,
+                         transform=axes[0].get_xaxis_transform())  # fmt: skip
+        axes[1].plot(*_columns([(x, rate) for x, rate, _ in rates]), linewidth=1.4, label=arm.label, **arm.look.line)
+        for x, rate, edge in rates:
+            axes[1].plot(x, rate, "o", color=arm.look.color, markersize=4.5, markerfacecolor="white" if edge else None)
+        if rates and rates[-1][0] == known[-1]:
+            end[arm.label] = float(rates[-1][1] or np.nan)
+    if losses:
+        axes[0].set_ylim(*limits(losses))
+    name = key.rpartition(".")[2]
+    what = _NAMES.get(name, name)
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_xticks(known, [f"{value:g}" for value in known])
+        ax.minorticks_off()
+        ax.set_xlabel(what)
+    axes[0].set(title="loss at its best learning rate", ylabel="loss (nats per token)")
+    axes[1].set(title="best learning rate", yscale="log")
+    plain_log(axes[1].yaxis)
+    label(axes[1], end)
+    caption = (
+        f"Each arm at its own best learning rate against {what}{f' ({condition(rest)})' if rest else ''}. Left: mean "
+        "over the seeds that held, and every seed (the test split where it was confirmed on fresh seeds, else "
+        "validation); an arm with a ✕ on the upper edge has none that held. Right: that learning rate, a ring where it "
+        "lies on the edge of those tried."
+    )
+    return Drawing(f"against_{what}{number or ''}", f"Loss against {what}", caption, fig)
+
+
+def final_losses(arm: Arm) -> list[float]:
+    """An arm's final losses: on the test split where it was confirmed, else on the validation split."""
+    losses = [run.test_loss if arm.confirmed else run.val_loss for run in arm.runs if run.status == "ok"]
+    return [loss for loss in losses if loss is not None]
+
+
+def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
+    return [float(x) for x, _ in points], [float(y) for _, y in points]
+
+
+def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[str, Look], peak: float) -> list[Drawing]:
+    """The largest tolerable learning rate against the conditions' first number, in the order of the conditions."""
+    key = next(iter(_axes([t.cell for t in found])), None)
+    known = sorted({t.cell[key] for t in found}) if key else [0]
+    arms = [Arm(t.placement, t.arm.partition(" ")[2], looks[t.arm], [], None, []) for t in found]
+    arms = list({arm.label: arm for arm in arms}.values())[:MAX_ARMS]
+    fig, (ax,), label = panels(1, arms)
+    ax.set_yscale("log")
+    rates = [rate for t in found for share in SHARES if (rate := t.rate(share))]
+    low = min(rates, default=peak / 10) / 2
+    ax.set_ylim(low, peak * 1.5)
+    end = {}
+    for i, arm in enumerate(arms):
+        shift = 1 + 0.012 * (i - len(arms) / 2) if key else 1 + 0.03 * (i - len(arms) / 2)
+        points = []
+        for t in sorted((t for t in found if t.arm == arm.label), key=lambda t: t.cell[key] if key else 0):
+            x, rate = (t.cell[key] if key else 1) * shift, t.rate()
+            if not t.rates[f"{SHARE:g}"]:
+                ax.plot(x, low, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False)
+            elif rate is None:
+                ax.plot(x, peak, "^", color=arm.look.color, markersize=5, clip_on=False)
+                end[arm.label] = peak
+            else:
+                points.append((x, rate))
+                end[arm.label] = rate
+                ends = [r for share in (SHARES[0], SHARES[-1]) if (r := t.rate(share))]
+                ax.plot([x] * len(ends), ends, color=arm.look.color, linewidth=0.8, alpha=0.7)
+                ax.plot([x] * len(seeds := [r for r in t.rates[f"{SHARE:g}"] if r]), seeds, "o", markersize=2.5,
+                        color=arm.look.color)  # fmt: skip
+        ax.plot(*_columns(points), marker="o", markersize=4.5, linewidth=1.3, label=arm.label, **arm.look.line)
+    if key:
+        ax.set_xscale("log")
+        ax.set_xticks(known, [f"{value:g}" for value in known])
+        ax.minorticks_off()
+        ax.set_xlabel(_NAMES.get(key.rpartition(".")[2], key.rpartition(".")[2]))
+    else:
+        ax.set_xticks([])
+    ax.set_ylabel("learning rate")
+    plain_log(ax.yaxis)
+    label(ax, end)
+    caption = (
+        f"The rate at which {SHARE:.0%} of what was learned below a unigram model was lost again, on a ramp up to "
+        f"{peak:g}: geometric mean over the seeds, and every seed. The bar reaches from {SHARES[0]:.0%} to "
+        f"{SHARES[-1]:.0%} and shows how much hangs on the threshold. A triangle took the whole ramp; a ✕ at the "
+        "bottom never learned."
+    )
+    return [Drawing("tolerance", "Largest tolerable learning rate", caption, fig)]

@@ -1,0 +1,48 @@
+"""`spannorm max-lr`: how high a learning rate each arm takes, by ramps that run like any comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spannorm.lab.plan import RATE
+from spannorm.lab.summary import condition
+from spannorm.lab.tolerance import tolerances
+from spannorm.train.display import wide_console
+from spannorm.train.ramp import PEAK, SHARE, SHARES
+from spannorm.train.recipe import CompareRecipe, Recipe
+
+
+def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
+    """The comparison that ramps every arm of a recipe under every condition of its grid, learning rates left out.
+
+    A ramp takes `train.steps` steps from 0 to `peak` (published: 5,000 steps to 5e-2). Name is the recipe's, with
+    `-max-lr`, so that both may lie in the same folder of runs.
+    """
+    grid = {key: values for key, values in recipe.compare.grid.items() if key != RATE}
+    return replace(
+        recipe,
+        name=f"{recipe.name}-max-lr",
+        train=replace(recipe.train, schedule="ramp", learning_rate=peak),
+        compare=CompareRecipe(recipe.compare.arms or ({},), grid),
+    )
+
+
+def print_tolerances(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print each arm's rate by condition, and how it moves with the threshold."""
+    table = Table(title="largest tolerable learning rate (when a share of what was learned is lost again)", box=None)
+    table.title_justify = "left"
+    for heading in ("condition", "arm"):
+        table.add_column(heading, no_wrap=True)
+    for share in SHARES:
+        table.add_column(f"{share:.0%} lost", justify="right", no_wrap=True)
+    table.add_column(f"{SHARE:.0%} lost, over seeds", justify="right", no_wrap=True)
+    for t in tolerances(rows):
+        place = ", ".join(filter(None, [t.table, condition(t.cell)]))
+        rates = [t.rate(share) for share in SHARES]
+        table.add_row(place, t.arm, *("–" if rate is None else f"{rate:.2e}" for rate in rates), t.words)
+    (console or wide_console()).print(table)

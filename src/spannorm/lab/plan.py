@@ -1,0 +1,214 @@
+"""Which runs a comparison consists of: arms × conditions × learning rates × seeds, as far as can be known so far.
+
+Arms are compared with each other; the grid repeats the comparison under other conditions. Under a protocol the later
+runs depend on the results of the earlier ones, and on nothing else, so that a plan made again is the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spannorm.errors import InputError, unknown
+from spannorm.lab.summary import arms_named
+from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
+from spannorm.train.run import model_config, run_recipe
+
+RATE, SEED = "train.learning_rate", "train.seed"
+IDENTITY = ("model.placement", "model.depth_rule")
+"""Keys that make another arm, even in the grid; the grid's other keys make another condition."""
+
+Done = Mapping[str, float | None]
+"""Final validation loss by the name of a finished job; None where it failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    name: str
+    """Its folder: readable, and fixed by what the run depends on."""
+    overrides: Mapping[str, Any]
+    """How it differs from the recipe, by dotted key."""
+    recipe: Recipe
+    arm: str
+    """Placement, depth rule, and what else the arm overrides."""
+    cell: Mapping[str, Any]
+    """The condition: the grid's values other than the arm's, the learning rate and the seed."""
+    tables: tuple[str, ...]
+    """The tables it stands in."""
+    stage: str = ""
+    """Of a protocol: `choice` or `confirmation`."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An arm under one condition, in one table."""
+
+    table: str
+    arm: Mapping[str, Any]
+    cell: Mapping[str, Any]
+
+
+class Plan:
+    """The runs of a recipe's comparison.
+
+    Raises:
+        InputError: no arms, the same run twice, an arm that no model can be built from, or a protocol that cannot be
+            followed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.protocol = recipe, recipe.compare.protocol
+        self._made: dict[str, Job] = {}
+        grid = {key: values for key, values in recipe.compare.grid.items() if key not in (RATE, SEED)}
+        self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
+        self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
+        if not recipe.compare.arms:
+            raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
+        self.races: dict[tuple[str, str], list[Entrant]] = {}
+        for given in recipe.compare.arms:
+            for values in itertools.product(*grid.values()):
+                arm: dict[str, Any] = dict(given)
+                cell: dict[str, Any] = {}
+                table = str(arm.pop("table", ""))
+                for key, value in zip(grid, values, strict=True):
+                    (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
+                self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
+        seen: set[tuple[str, str]] = set()
+        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
+            job = self._job(entrant, rate, seed)
+            if (entrant.table, job.name) in seen:
+                raise InputError(f"compare lists the same run twice: {dict(job.overrides)}.")
+            seen.add((entrant.table, job.name))
+        self.pairs = self._checked_pairs()
+        if self.protocol.seeds:
+            self._check_protocol()
+
+    def jobs(self, done: Done) -> list[Job]:
+        """Every run that can be known from the finished ones, in the order in which to run them."""
+        found: dict[str, Job] = {}
+
+        def add(entrant: Entrant, rate: float, seed: int, stage: str) -> None:
+            job = self._job(entrant, rate, seed)
+            tables = found[job.name].tables if job.name in found else ()
+            found[job.name] = replace(job, tables=tuple(dict.fromkeys([*tables, entrant.table])), stage=stage)
+
+        if not self.protocol.seeds:
+            for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
+                add(entrant, rate, seed, "")
+            return list(found.values())
+        confirmed = []
+        for race in self.races.values():
+            rates, settled = self._rates(race, done)
+            for entrant, rate in itertools.product(race, rates):
+                add(entrant, rate, self.seeds[0], "choice")
+            if settled:
+                best = [(entrant, self._best(entrant, rates, done)) for entrant in race]
+                confirmed += [(entrant, rate) for entrant, rate in best if rate is not None]
+        for entrant, rate in confirmed:
+            for seed in self.protocol.seeds:
+                add(entrant, rate, seed, "confirmation")
+        return list(found.values())
+
+    def _entrants(self) -> list[Entrant]:
+        return [entrant for race in self.races.values() for entrant in race]
+
+    def _rates(self, race: Sequence[Entrant], done: Done) -> tuple[list[float], bool]:
+        """The grid of one race, and whether it is settled.
+
+        It grows by one rate beyond an edge, for every arm alike, as long as some arm has its best there; an arm that
+        failed throughout looks for a lower one.
+        """
+        rates = sorted(self.rates)
+        below, above = rates[0] / rates[1], rates[-1] / rates[-2]
+        left = {0: self.protocol.extensions, -1: self.protocol.extensions}
+        while all(self._job(e, rate, self.seeds[0]).name in done for e in race for rate in rates):
+            best = [self._best(entrant, rates, done) for entrant in race]
+            edges = [0] * any(b in (None, rates[0]) for b in best) + [-1] * any(b == rates[-1] for b in best)
+            edges = [edge for edge in edges if left[edge]]
+            if not edges:
+                return rates, True
+            more = [float(f"{rates[edge] * (above if edge else below):.4g}") for edge in edges]
+            rates = sorted([*rates, *more])
+            for edge in edges:
+                left[edge] -= 1
+        return rates, False
+
+    def _best(self, entrant: Entrant, rates: Sequence[float], done: Done) -> float | None:
+        losses = {rate: done[self._job(entrant, rate, self.seeds[0]).name] for rate in rates}
+        held = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(held, key=lambda rate: held[rate]) if held else None
+
+    def _job(self, entrant: Entrant, rate: float, seed: int) -> Job:
+        overrides = {**entrant.arm, **entrant.cell}
+        overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
+        key = json.dumps(overrides)
+        if key not in self._made:
+            raw = json.loads(json.dumps(run_recipe(self.recipe)))
+            for name, value in overrides.items():
+                set_key(raw, name, value)
+            recipe = recipe_from_dict(raw)
+            config = model_config(recipe)
+            t = recipe.train
+            digest = hashlib.sha256(json.dumps(run_recipe(recipe), sort_keys=True).encode()).hexdigest()[:8]
+            words = f"{config.placement}-{config.depth_rule}-lr{t.learning_rate:g}-seed{t.seed}"
+            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-")) + f"-{digest}"
+            extras = [f"{k.rpartition('.')[2]}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
+            arm = " ".join([config.placement, str(config.depth_rule), *extras])
+            self._made[key] = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
+        return self._made[key]
+
+    def _own(self, key: str) -> Any:
+        return getattr(self.recipe.train, key.rpartition(".")[2])
+
+    def _in_grid(self, key: str) -> bool:
+        return key in self.recipe.compare.grid
+
+    def _checked_pairs(self) -> list[tuple[str, str, str]]:
+        """Each pair in each table that has both: table and full names."""
+        pairs = []
+        for given in self.protocol.pairs:
+            if len(given) != 2:
+                raise InputError(f"compare.protocol.pairs takes two arms each; got {list(given)}.")
+            found = []
+            for table in dict.fromkeys(entrant.table for entrant in self._entrants()):
+                arms = dict.fromkeys(
+                    self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants() if e.table == table
+                )
+                first, second = (arms_named(name, arms) for name in given)
+                if len(first) > 1 or len(second) > 1 or (first and first == second):
+                    raise InputError(
+                        f"compare.protocol.pairs must name two different arms each, and no more: {list(given)} can be "
+                        f"{', '.join([*first, *second])}."
+                    )
+                found += [(table, first[0], second[0])] if first and second else []
+            if not found:
+                every = dict.fromkeys(self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants())
+                wrong = next((name for name in given if not arms_named(name, every)), given[0])
+                raise unknown("arm in compare.protocol.pairs", wrong, every)
+            pairs += found
+        return pairs
+
+    def _check_protocol(self) -> None:
+        seeds, own = self.protocol.seeds, self.recipe.train.seed
+        if self._in_grid(SEED):
+            raise InputError(
+                f"under compare.protocol the seeds are train.seed ({own}) for the choice and compare.protocol.seeds "
+                "for the confirmation: take train.seed out of compare.grid."
+            )
+        if own in seeds or len(set(seeds)) < len(seeds):
+            raise InputError(
+                f"compare.protocol.seeds must be fresh: different from each other and from train.seed ({own}), on "
+                f"which the learning rate is chosen; got {list(seeds)}."
+            )
+        if len(set(self.rates)) < 3:
+            raise InputError(
+                "compare.protocol chooses a learning rate among three or more, so that there is a middle and two "
+                f"edges; compare.grid has {list(self.rates)} under {RATE}."
+            )

@@ -1,0 +1,209 @@
+"""Running a comparison's jobs: as many at once as there are places, each a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from spannorm.errors import Stopped
+from spannorm.files import read_json, write_text
+from spannorm.lab.plan import Done, Job
+from spannorm.train.display import Board, Row
+from spannorm.train.environment import cores
+from spannorm.train.recipe import DataRecipe
+from spannorm.train.recorder import RECORDS
+from spannorm.train.run import RESULT, model_config, run_recipe
+
+Planner = Callable[[Done], list[Job]]
+
+
+class Runner:
+    """Runs what a planner asks for, asks again whenever a job has ended, and knows how each stands.
+
+    Args:
+        out: the comparison's folder.
+        data: the folder of the tokens of each data section.
+        imports: files that every job runs first.
+        at_once: jobs at a time; 0 means one per GPU, or as many as the cores carry.
+    """
+
+    def __init__(
+        self, out: Path, plan: Planner, data: Mapping[DataRecipe, Path], imports: Sequence[Path], at_once: int = 0
+    ) -> None:
+        self.out, self.plan, self.data, self.imports = out, plan, data, imports
+        self.jobs: list[Job] = []
+        self.rows: dict[str, Row] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self._read: dict[str, int] = {}
+        self._running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str], IO[bytes]]] = {}
+        self.look()
+        self._free = places(self.jobs[0].recipe.train.threads, at_once)
+
+    def look(self) -> None:
+        """Read what is finished, and plan as far as that allows."""
+        known = -1
+        while known < len(self.results):
+            known = len(self.results)
+            self.jobs = self.plan({name: _outcome(result) for name, result in self.results.items()})
+            for job in self.jobs:
+                if job.name not in self.rows:
+                    self.rows[job.name] = Row.of(job.recipe, model_config(job.recipe))
+                    self._read[job.name] = 0
+                    self._follow(job)
+
+    def run(self, title: str, on_finish: Callable[[], object]) -> None:
+        """Run all jobs to their end, showing them live; `on_finish` is called whenever one has ended."""
+        with Board(title, list(self.rows.values())) as board:
+            try:
+                while self._running or self._waiting():
+                    while self._free and (waiting := self._waiting()):
+                        self._start(waiting[0])
+                    time.sleep(0.25)
+                    ended = [job for job in self.jobs if job.name in self._running and self._follow(job)]
+                    if ended:
+                        self.look()
+                        board.rows = list(self.rows.values())
+                        on_finish()
+                    board.refresh()
+            except KeyboardInterrupt:
+                self._stop()
+                raise Stopped("stopped, every running job saved") from None
+            finally:
+                board.refresh()
+
+    def commands(self) -> list[str]:
+        """A command for each job that can be run now, with its recipe written."""
+        return [shlex.join(self._prepared(job)) for job in self._waiting()]
+
+    def _waiting(self) -> list[Job]:
+        return [job for job in self.jobs if self.rows[job.name].status == "waiting"]
+
+    def _prepared(self, job: Job) -> list[str]:
+        """Write a job's recipe and return the command that runs it."""
+        folder = self.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", yaml.safe_dump(run_recipe(job.recipe), sort_keys=False))
+        command = [sys.executable, "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
+        command += ["--data", str(self.data[job.recipe.data])]
+        return command + [word for path in self.imports for word in ("--import", str(path))]
+
+    def folder(self, job: Job) -> Path:
+        return self.out / "jobs" / job.name
+
+    def _start(self, job: Job) -> None:
+        command = [*self._prepared(job), "--worker"]
+        place = self._free.pop(0)
+        log = open(self.folder(job) / "log.txt", "ab")  # noqa: SIM115 — closed when the job has ended
+        # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **place},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        self._running[job.name] = process, place, log
+        self.rows[job.name].status = "running"
+
+    def _follow(self, job: Job) -> bool:
+        """Take in what a job has written; True when it has just ended."""
+        row, folder = self.rows[job.name], self.folder(job)
+        code = self._running[job.name][0].poll() if job.name in self._running else None
+        records, self._read[job.name] = _read_from(folder / RECORDS, self._read[job.name])
+        if records and records[0]["step"] <= row.step:  # the job was resumed and rewrote its records
+            row.restart()
+        row.add(records)
+        if (folder / RESULT).is_file() and (code is not None or job.name not in self._running):
+            result = self.results[job.name] = read_json(folder / RESULT)
+            for checkpoint in folder.glob("checkpoint-*"):  # a finished run is only read: hundreds would fill a disk
+                shutil.rmtree(checkpoint)
+            row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
+        elif code is not None:
+            row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
+        if code is None:
+            return False
+        _, place, log = self._running.pop(job.name)
+        log.close()
+        self._free.append(place)
+        return True
+
+    def _stop(self) -> None:
+        """Ask the running jobs to save, and wait for them."""
+        for process, _, _ in self._running.values():
+            process.terminate()
+        for name, (process, _, log) in self._running.items():
+            process.wait()
+            log.close()
+            self.rows[name].status = "stopped"
+        self._running.clear()
+
+    def complete(self) -> bool:
+        """Whether every job has a result, if only that it failed to train."""
+        return all(job.name in self.results for job in self.jobs)
+
+    def arms(self) -> list[dict[str, Any]]:
+        """Every job's row of `results.json`: its result, or how far it came."""
+        rows = []
+        for job in self.jobs:
+            row = self.rows[job.name]
+            known = {
+                "job": job.name,
+                "tables": list(job.tables),
+                "arm": job.arm,
+                "cell": dict(job.cell),
+                "stage": job.stage,
+                "overrides": dict(job.overrides),
+                "placement": row.placement,
+                "depth_rule": row.depth_rule,
+                "seed": row.seed,
+                "learning_rate": row.learning_rate,
+                "status": row.status,
+                "reason": row.note or None,
+                "steps": row.steps,
+                "steps_done": row.step,
+            }
+            rows.append({**known, **self.results.get(job.name, {})})
+        return rows
+
+
+def _outcome(result: Mapping[str, Any]) -> float | None:
+    return None if result["status"] == "failed" else result["val_loss"]
+
+
+def places(threads: int, at_once: int = 0) -> list[dict[str, str]]:
+    """The environment of each job that may run at once: a GPU each, or its share of the cores.
+
+    Args:
+        at_once: how many; where there are more than GPUs they share them. 0 means one per GPU or per `threads` cores.
+    """
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} for i in range(at_once or len(devices))]
+    threads = threads or 1
+    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(at_once or max(1, cores() // threads))]
+
+
+def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a JSONL file from an offset on, and where the next read starts."""
+    if not path.is_file():
+        return [], 0
+    if path.stat().st_size < offset:
+        offset = 0
+    with open(path, "rb") as file:
+        file.seek(offset)
+        chunk = file.read()
+    whole = chunk[: chunk.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)

@@ -1,0 +1,183 @@
+"""What a comparison under a protocol comes to: each arm at its own best learning rate, and the pairs named beforehand.
+
+Reads the rows of `results.json` alone, so that a summary can be made again on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spannorm.lab.statistics import Estimate, estimate, paired, sensitivity, verdict
+
+Row = Mapping[str, Any]
+
+_SHORT = {"num_hidden_layers": "{} blocks", "hidden_size": "width {}"}
+_MOST_LINES = 10
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm under one condition."""
+
+    arm: str
+    trials: int
+    """Learning rates tried."""
+    learning_rate: float | None
+    """The best on the seed of the choice; None while it is not chosen, or where every rate failed."""
+    edge: bool
+    """Whether that is the lowest or the highest rate tried: the best may lie beyond."""
+    failed_rates: list[float]
+    sensitivity: float | None
+    """Learning-rate sensitivity on the seed of the choice, nats per token."""
+    test_loss: Estimate | None
+    """On the fresh seeds that held."""
+    val_loss: Estimate | None
+    failed: int
+    """Fresh seeds that failed."""
+    seeds: int
+    """Fresh seeds that ended."""
+    spike_score: float | None
+    """Spikes per step over all fresh seeds."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms held against each other, seed by seed, on the test split."""
+
+    first: str
+    second: str
+    difference: Estimate | None
+    """first − second, nats per token."""
+    words: str
+
+
+@dataclass(frozen=True)
+class Race:
+    """Arms that met under one condition, in one table."""
+
+    table: str
+    cell: dict[str, Any]
+    standings: list[Standing]
+    pairs: list[Pair]
+
+    @property
+    def condition(self) -> str:
+        return condition(self.cell)
+
+
+def condition(cell: Mapping[str, Any]) -> str:
+    """A condition in words: `16 blocks, width 64`."""
+    names = {key.rpartition(".")[2]: value for key, value in cell.items()}
+    return ", ".join(_SHORT.get(name, f"{name} {{}}").format(value) for name, value in names.items())
+
+
+def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]:
+    """Every race of a comparison under a protocol.
+
+    Args:
+        pairs: by the arms' full names, or by a placement that one arm has.
+    """
+    races = []
+    for table, cell in dict.fromkeys((t, json.dumps(row["cell"])) for row in rows for t in row["tables"]):
+        mine = [row for row in rows if table in row["tables"] and json.dumps(row["cell"]) == cell]
+        arms: dict[str, list[Row]] = {}
+        for row in mine:
+            arms.setdefault(row["arm"], []).append(row)
+        named = [[arm for name in pair for arm in arms_named(name, arms)] for pair in pairs]
+        found = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
+        races.append(Race(table, json.loads(cell), [_standing(arm, of) for arm, of in arms.items()], found))
+    return races
+
+
+def arms_named(name: str, arms: Iterable[str]) -> list[str]:
+    """The arms that a name means: the one of that full name, or all of that placement."""
+    arms = list(arms)
+    return [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[0] == name]
+
+
+def _held(rows: Sequence[Row], key: str) -> dict[int, float]:
+    return {row["seed"]: row[key] for row in rows if row["status"] == "ok" and row.get(key) is not None}
+
+
+def _confirmed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["stage"] == "confirmation" and row["status"] in ("ok", "failed")]
+
+
+def _standing(arm: str, rows: Sequence[Row]) -> Standing:
+    choice = sorted((row for row in rows if row["stage"] == "choice"), key=lambda row: row["learning_rate"])
+    ended = all(row["status"] in ("ok", "failed") for row in choice)
+    held = [row for row in choice if row["status"] == "ok"]
+    best = min(held, key=lambda row: row["val_loss"])["learning_rate"] if held and ended else None
+    confirmed = _confirmed(rows)
+    initial = next((row["initial_loss"] for row in choice if row.get("initial_loss") is not None), None)
+    losses = {row["learning_rate"]: row.get("val_loss") for row in choice}
+    steps = sum(row["steps_done"] for row in confirmed)
+    return Standing(
+        arm=arm,
+        trials=len(choice),
+        learning_rate=best,
+        edge=best in (choice[0]["learning_rate"], choice[-1]["learning_rate"]),
+        failed_rates=[row["learning_rate"] for row in choice if row["status"] == "failed"],
+        sensitivity=sensitivity(losses, initial) if ended and initial is not None else None,
+        test_loss=estimate(list(_held(confirmed, "test_loss").values())),
+        val_loss=estimate(list(_held(confirmed, "val_loss").values())),
+        failed=sum(row["status"] == "failed" for row in confirmed),
+        seeds=len(confirmed),
+        spike_score=sum(row.get("spikes") or 0 for row in confirmed) / steps if steps else None,
+    )
+
+
+def _pair(first: str, second: str, arms: Mapping[str, list[Row]]) -> Pair:
+    ended = {name: _confirmed(arms[name]) for name in (first, second)}
+    choices = {name: [row for row in arms[name] if row["stage"] == "choice"] for name in (first, second)}
+    hopeless = [name for name, rows in choices.items() if all(row["status"] == "failed" for row in rows)]
+    difference = paired(_held(ended[first], "test_loss"), _held(ended[second], "test_loss"))
+    if hopeless:
+        words = f"{' and '.join(hopeless)} failed at every learning rate: no difference in loss is claimed"
+        return Pair(first, second, None, words)
+    failures = {name: (sum(row["status"] == "failed" for row in rows), len(rows)) for name, rows in ended.items()}
+    return Pair(first, second, difference, verdict(first, second, difference, failures))
+
+
+def verdict_lines(races: Sequence[Race]) -> list[str]:
+    """The whole comparison in ten lines at most: the pairs first, then what failed and what a reader must know."""
+
+    def where(race: Race) -> str:
+        return ", ".join(filter(None, [race.table, race.condition]))
+
+    told = [(where(race), pair) for race in races for pair in race.pairs]
+    lines = [f"{f'{place}: ' if place else ''}{pair.words}." for place, pair in told]
+    if len(lines) > _MOST_LINES - 3:
+        lines = [_over_conditions(told, pair) for pair in dict.fromkeys((p.first, p.second) for _, p in told)]
+    pairs = len(told)
+    if pairs > 1:
+        lines.append(f"{pairs} intervals of 95% each: about one in twenty misses the truth by chance alone.")
+    standings = [(where(race), s) for race in races for s in race.standings]
+    lost = [(place, s.arm) for place, s in standings if len(s.failed_rates) == s.trials]
+    lines += _listed("Failed at every learning rate", lost)
+    edge = [(place, s.arm) for place, s in standings if s.edge]
+    lines += _listed("Best on the edge of the grid, so possibly better beyond", edge)
+    return lines[:_MOST_LINES]
+
+
+def _over_conditions(told: Sequence[tuple[str, Pair]], names: tuple[str, str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for place, pair in told:
+        if (pair.first, pair.second) == names:
+            sign = pair.difference.direction if pair.difference else 0
+            outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
+            failed = "failed" in pair.words
+            groups.setdefault("cannot be compared for failures" if failed else outcome, []).append(place)
+    parts = [f"{outcome} in {len(places)} ({'; '.join(places)})" for outcome, places in groups.items()]
+    return f"{names[0]} against {names[1]}, of {sum(map(len, groups.values()))} conditions: {', '.join(parts)}."
+
+
+def _listed(words: str, items: Sequence[tuple[str, str]]) -> list[str]:
+    by_arm: dict[str, list[str]] = {}
+    for place, arm in items:
+        by_arm.setdefault(arm, []).append(place)
+    told = [arm + (f" ({'; '.join(places)})" if any(places) else "") for arm, places in by_arm.items()]
+    return [f"{words}: {', '.join(told)}."] if told else []

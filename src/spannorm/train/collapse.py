@@ -1,0 +1,44 @@
+"""How far a trained model has collapsed: the rank of its streams, and what each block is still good for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spannorm.probes import block_skip_costs, measure
+
+
+def collapse(model: Any, sequences: Sequence[Tensor], batch_size: int, bf16: bool) -> dict[str, list[float]]:
+    """Measure a model, in evaluation mode, on held-out sequences of token ids.
+
+    Returns:
+        By point (embedding, then after each block): `effective_rank`, `token_cosine`. By block: `layer_cosine`, and
+        `skip_cost`, the rise of the loss in nats per token when the block is skipped. `spectrum`: singular values of
+        what the last block returns, as shares of the largest.
+    """
+    training, device = model.training, next(model.parameters()).device
+    batches = torch.stack(list(sequences)).to(device).split(batch_size)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch, labels=batch).loss
+        return loss
+
+    model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            record = measure(model, lambda: loss_of(batches[0]), similarity=False, spectrum=True)
+            costs = block_skip_costs(model, lambda: sum((loss_of(b) for b in batches), torch.zeros(())) / len(batches))
+    finally:
+        model.train(training)
+    assert record.effective_rank is not None and record.spectrum is not None
+    last = record.spectrum[-1]
+    return {
+        "effective_rank": record.effective_rank,
+        "token_cosine": record.token_cosine,
+        "layer_cosine": record.layer_cosine,
+        "skip_cost": costs,
+        "spectrum": [float(f"{value / last[0]:.4g}") for value in last],
+    }

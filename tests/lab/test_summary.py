@@ -1,0 +1,155 @@
+"""What a comparison comes to, from rows whose losses are made up: choices, pairs, words, and the report of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_files import comparison, played
+
+from spannorm.lab.plan import Job
+from spannorm.lab.report import draw_report
+from spannorm.lab.summary import Race, summarize, verdict_lines
+from spannorm.lab.tolerance import tolerance_lines, tolerances
+from spannorm.train.recipe import Recipe, recipe_from_dict
+
+RATES = [1e-3, 3e-3, 9e-3]
+LUCK = {0: 0.0, 1: 0.3, 2: -0.2, 3: 0.1, 4: -0.4, 5: 0.25}
+"""What a seed does to every arm alike: far more than the arms differ by."""
+RIPPLE = {0: 0.0, 1: 0.001, 2: -0.001, 3: 0.0, 4: 0.002, 5: -0.002}
+"""What it does to SpanNorm besides."""
+
+
+def recipe(depths: tuple[int, ...] = (4,), seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Recipe:
+    arms = [{"model.placement": p, "model.depth_rule": "none"} for p in ("pre", "span", "post")]
+    grid = {"train.learning_rate": RATES, "model.num_hidden_layers": list(depths)}
+    protocol = {"seeds": list(seeds), "pairs": [["span", "pre"], ["post", "pre"]], "extensions": 0}
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    return recipe_from_dict(
+        {"name": "made up", "model": sizes, "compare": {"arms": arms, "grid": grid, "protocol": protocol}}
+    )
+
+
+def losses(span: float = -0.02, noise: float = 1.0) -> Callable[[Job], float | None]:
+    """PreNorm's best is 2.0 at 3e-3; SpanNorm's is `span` lower at 9e-3, the grid's edge; PostNorm always fails."""
+
+    def loss(job: Job) -> float | None:
+        rate, seed, placement = job.recipe.train.learning_rate, job.recipe.train.seed, job.arm.split()[0]
+        if placement == "post":
+            return None
+        if placement == "pre":
+            return 2.0 + LUCK[seed] + 0.1 * abs(RATES.index(rate) - 1)
+        return 2.0 + span + LUCK[seed] + noise * RIPPLE[seed] + 0.1 * (2 - RATES.index(rate))
+
+    return loss
+
+
+def races(depths: tuple[int, ...] = (4,), seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **given: float) -> list[Race]:
+    made = recipe(depths, seeds)
+    return summarize(played(made, losses(**given)), made.compare.protocol.pairs)
+
+
+def test_each_arm_stands_at_its_own_best_rate_with_its_fresh_seeds() -> None:
+    (race,) = races()
+    pre, span, post = race.standings
+    assert (pre.learning_rate, pre.edge, pre.seeds, pre.trials) == (3e-3, False, 5, 3)
+    assert (span.learning_rate, span.edge) == (9e-3, True)
+    assert (post.learning_rate, post.edge, post.seeds, post.failed_rates) == (None, False, 0, RATES)
+    fresh = [2.0 + LUCK[seed] for seed in (1, 2, 3, 4, 5)]
+    assert pre.val_loss is not None and pre.val_loss.mean == pytest.approx(sum(fresh) / 5)
+    assert pre.test_loss is not None and pre.test_loss.mean == pytest.approx(pre.val_loss.mean + 0.05)
+    assert pre.sensitivity == pytest.approx(0.2 / 3), "0.1, 0 and 0.1 above its best"
+
+
+def test_a_pair_is_compared_seed_by_seed_on_the_test_split() -> None:
+    (race,) = races()
+    pair = race.pairs[0]
+    assert pair.difference is not None
+    assert pair.difference.mean == pytest.approx(-0.02) and pair.difference.margin == pytest.approx(
+        2.776 * 1.5811e-3 / 5**0.5, rel=1e-3
+    )
+    assert pair.words.startswith("span none ends below pre none") and "look" not in pair.words
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"span": -0.001}, "no difference shown"),
+        ({"span": 0.02}, "pre none ends below span none"),
+        ({"seeds": (1, 2, 3)}, "a look, not a claim"),
+        ({"seeds": (1,)}, "one seed in common, no interval, nothing shown"),
+    ],
+)
+def test_the_words_follow_the_numbers(given: dict[str, Any], says: str) -> None:
+    assert says in races(**given)[0].pairs[0].words
+
+
+def test_what_fails_at_every_rate_is_not_compared() -> None:
+    (race,) = races()
+    assert race.pairs[1].difference is None
+    assert "post none failed at every learning rate" in race.pairs[1].words
+
+
+def test_the_verdict_has_ten_lines_at_most_and_says_what_a_reader_must_know() -> None:
+    for depths in ((4,), (2, 3, 4, 5, 6, 7)):
+        lines = verdict_lines(races(depths))
+        assert 0 < len(lines) <= 10
+        text = " ".join(lines)
+        assert "Failed at every learning rate: post none" in text
+        assert "Best on the edge of the grid, so possibly better beyond: span none" in text
+        assert "by chance alone" in text
+    assert "span none against pre none, of 6 conditions: ends below it in 6 (2 blocks; 3 blocks;" in text
+
+
+def test_the_report_says_the_verdict_and_shows_fresh_seeds_apart_from_the_choice(tmp_path: Path) -> None:
+    made = recipe((2, 4, 8))
+    comparison(tmp_path, played(made, losses()))
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results | {"recipe": made.to_dict()}))
+    page = re.sub(r"<style>.*?</style>", "", draw_report(tmp_path).read_text(), flags=re.DOTALL)
+    words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    for line in verdict_lines(summarize(results["arms"], made.compare.protocol.pairs)):
+        assert line in words
+    assert "3 learning rates on one seed and the validation split" in words and "5 fresh seeds" in words
+    assert all(f"{depth} blocks" in words for depth in (2, 4, 8))
+    assert "2.0600" in words and "± 0.3735" in words, "PreNorm's mean test loss; 2.776·0.30083/√5"
+
+
+def test_a_figures_csv_holds_what_it_draws(tmp_path: Path) -> None:
+    made = recipe((2, 4))
+    comparison(tmp_path, played(made, losses()))
+    draw_report(tmp_path)
+    with open(tmp_path / "figures" / "against_blocks.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["series"] == "span none"]
+    rates = {float(row["x"]): float(row["y"]) for row in rows if row["panel"] == "best learning rate"}
+    assert rates == {2.0: 9e-3, 4.0: 9e-3}
+    ends = {float(row["x"]): float(row["y"]) for row in rows if row["panel"].startswith("loss")}
+    assert ends == pytest.approx({x: 2.0 - 0.02 + 0.05 + 0.01 for x in (2.0, 4.0)}, abs=1e-4)
+    assert {path.stem for path in tmp_path.glob("figures/*.csv")} == {p.stem for p in tmp_path.glob("figures/*.png")}
+
+
+def ramp(arm: str, seed: int, rate: float | None, learned: bool = True) -> dict[str, Any]:
+    rates = {"0.25": rate and rate / 2, "0.5": rate, "1": None}
+    placement, rule = arm.split()
+    given = {"placement": placement, "depth_rule": rule, "seed": seed, "cell": {"model.num_hidden_layers": 8}}
+    return {"arm": arm, "tables": [""], "tolerated": {"learned": learned, "rates": rates}, **given}
+
+
+def test_tolerances_are_geometric_means_over_the_seeds_that_learned() -> None:
+    rows = [
+        ramp("pre none", 0, 1e-3),
+        ramp("pre none", 1, 4e-3),
+        ramp("span none", 0, 1e-3),
+        ramp("span none", 1, None),
+    ]
+    rows += [ramp("post none", seed, None, learned=False) for seed in (0, 1)]
+    pre, span, post = tolerances(rows)
+    assert pre.rate() == pytest.approx(2e-3) and pre.rate(0.25) == pytest.approx(1e-3) and pre.rate(1.0) is None
+    assert span.rate() is None and "not reached with 1 of 2 seeds" in span.words
+    assert post.words == "never learned" and post.unlearned == 2
+    assert tolerance_lines([pre])[0] == "pre none: 2.00e-03 (1.00e-03–4.00e-03) at 8 blocks."
