@@ -56,6 +56,14 @@ def finished(recipe: Recipe, tokens: TokenData, tmp_path_factory: pytest.TempPat
     return out
 
 
+def test_a_chunked_loss_trains_the_same_model(recipe, tokens, tmp_path):
+    chunked = replace(recipe, train=replace(recipe.train, loss_chunk=50, steps=10))
+    whole = replace(recipe, train=replace(recipe.train, steps=10))
+    results = [train(r, tmp_path / str(i), data=tokens.directory) for i, r in enumerate((chunked, whole))]
+    for key in ("val_loss", "test_loss", "max_grad_norm"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-4)
+
+
 def test_a_run_writes_what_it_promises(finished: Path, tokens: TokenData) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result.keys() >= RESULT_KEYS

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -229,10 +231,14 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        loss_chunk: int = 0,
         **kwargs: Any,
     ) -> SpanNormOutput:
         """Logits (batch, seq, vocab), and with `labels` (batch, seq; shifted inside, -100 ignored) the mean
         cross-entropy in nats per token.
+
+        With `loss_chunk` the loss is summed over so many tokens at a time, and their logits are computed again in
+        backward: never more than (loss_chunk, vocab) of them, and none are returned.
 
         In training a mixture of experts adds `router_aux_loss_coef · aux_loss + router_z_loss_coef · z_loss`. Each
         sequence counts by its share of the predictions, of `num_items_in_batch` where the caller gives it, as in the
@@ -249,11 +255,15 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             output_router_logits=balanced or output_router_logits or False,
             **kwargs,
         )
+        chunked = labels is not None and loss_chunk > 0
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = None if chunked else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = aux_loss = z_loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if chunked:
+                loss = self._chunked_loss(outputs.last_hidden_state, labels, loss_chunk, **kwargs)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if outputs.router_logits:
                 aux_loss, z_loss = self._auxiliary_losses(outputs.router_logits, labels, attention_mask, **kwargs)
                 if self.training:
@@ -268,6 +278,25 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _chunked_loss(
+        self,
+        hidden: Stream,
+        labels: Tensor,
+        chunk: int,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+        count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        kwargs |= {"labels": None, "vocab_size": self.config.vocab_size, "num_items_in_batch": count}
+
+        def part(h: Tensor, y: Tensor) -> Tensor:
+            return self.loss_function(logits=self.lm_head(h), shift_labels=y, **kwargs)
+
+        parts = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        return torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in parts]).sum()
 
     def _auxiliary_losses(
         self,

@@ -26,8 +26,10 @@ class Engine(Trainer):
     curves, spikes and failures mean what they mean for a dense model.
     """
 
-    def __init__(self, model: Any, *args: Any, optimizer_name: str = "adamw", **kwargs: Any) -> None:
-        self.optimizer_name = optimizer_name
+    def __init__(
+        self, model: Any, *args: Any, optimizer_name: str = "adamw", loss_chunk: int = 0, **kwargs: Any
+    ) -> None:
+        self.optimizer_name, self.loss_chunk = optimizer_name, loss_chunk
         super().__init__(model, *args, **kwargs)
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
@@ -35,6 +37,8 @@ class Engine(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self.loss_chunk:
+            inputs = {**inputs, "loss_chunk": self.loss_chunk}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and outputs.get("z_loss") is not None:
             self._routing.add(outputs.router_logits)

@@ -74,6 +74,9 @@ class TrainRecipe:
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
     kernels: str = "auto"
     """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
+    loss_chunk: int = 0
+    """Tokens whose logits are held at once, for a large vocabulary: less memory, and the head once more in backward.
+    0: all of a pass's."""
     compile: bool = False
     activation_checkpointing: bool = False
     evaluation_sequences: int = 64
@@ -259,7 +262,7 @@ def _check_ranges(recipe: Recipe) -> None:
     t, d = recipe.train, recipe.data
     positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
     positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
-    not_negative = ["warmup_steps", "weight_decay", "clip_norm", "threads", "seed"]
+    not_negative = ["warmup_steps", "weight_decay", "clip_norm", "loss_chunk", "threads", "seed"]
     for name in positive:
         if not getattr(t, name) > 0:
             raise InputError(f"train.{name} must be above 0; got {getattr(t, name)}.")

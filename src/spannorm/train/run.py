@@ -148,7 +148,7 @@ def _train(
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = Engine(
-        model, arguments(t, out), optimizer_name=t.optimizer, train_dataset=sequences,
+        model, arguments(t, out), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk, train_dataset=sequences,
         callbacks=[recorder, Sealer(), board],
     )  # fmt: skip
     if t.schedule == "ramp":
