@@ -62,7 +62,11 @@ class Norm(nn.Module):
 
     def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
         """The one operation, for constant factors."""
-        return add_norm(x, f, self.weight, self.bias, eps=self.eps, return_sum=return_sum, **scales)
+        # in training a pass without gradients may be run again with them, and must give the same bits
+        inference = not (self.training or torch.is_grad_enabled())
+        return add_norm(
+            x, f, self.weight, self.bias, eps=self.eps, return_sum=return_sum, inference=inference, **scales
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

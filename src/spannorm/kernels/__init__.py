@@ -54,6 +54,7 @@ def add_norm(
     skip: float = 1.0,
     branch: float = 1.0,
     return_sum: bool = False,
+    inference: bool = False,
 ) -> Any:
     """`N(skip·x + branch·f)`, or `N(x)` without f; with `return_sum` the pair (normed, sum).
 
@@ -65,16 +66,19 @@ def add_norm(
         weight: the gain, (hidden,).
         bias: (hidden,).
         skip, branch: constants. A learned gain is multiplied on by the caller.
+        inference: no backward pass will come, now or when this is run again: the reference may take a shorter way,
+            equal but for rounding.
 
     Raises:
         InputError: shapes that differ, or tensors that an explicit choice cannot take.
     """
     if f is None and return_sum:
-        return add_norm(x, None, weight, bias, eps=eps), x
+        return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
     if f is not None and f.shape != x.shape:
         raise InputError(f"skip and branch must have one shape; they have {tuple(x.shape)} and {tuple(f.shape)}.")
-    taken = reference if _choice == "reference" or not _takes(x, f) else _fused
-    return taken.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
+    if _choice == "reference" or not _takes(x, f):
+        return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)
+    return _fused.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
 
 
 def _takes(x: Tensor, f: Tensor | None) -> bool:

@@ -84,10 +84,14 @@ def add_norm(
     skip: float,
     branch: float,
     return_sum: bool,
+    inference: bool = False,
 ) -> Any:
     """RMSNorm, or LayerNorm where there is a bias; see `spannorm.kernels.add_norm`."""
-    if bias is None:
+    if bias is None and not inference:
         return _AddRMSNorm.apply(x, f, weight, eps, skip, branch, return_sum)
     total = x if f is None else torch.add(x if skip == 1.0 else skip * x, f, alpha=branch)
-    y = F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps)
+    if bias is None:
+        y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
+    else:
+        y = F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps)
     return (y, total) if return_sum else y
