@@ -15,9 +15,10 @@ import yaml
 
 from spannorm.errors import InputError
 from spannorm.lab.compare import commands, compare
+from spannorm.lab.max_lr import ramps
 from spannorm.lab.plan import Plan
 from spannorm.lab.report import draw_report
-from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
+from spannorm.train.recipe import CompareRecipe, ProtocolRecipe, Recipe, recipe_from_dict
 
 ARMS = ({"model.placement": "pre"}, {"model.placement": "post"}, {"model.placement": "span"})
 PROMISED = {"placement", "depth_rule", "seed", "learning_rate", "status", "reason", "val_loss", "bits_per_byte"}
@@ -188,3 +189,39 @@ def test_a_bad_comparison_is_refused_before_anything_is_written(
         compare(replace(recipe, compare=CompareRecipe(arms=arms)), tmp_path / "out")
     assert all(word in str(caught.value) for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_protocol_runs_to_its_verdict_and_never_runs_a_job_twice(comparison: Recipe, tmp_path: Path) -> None:
+    protocol = ProtocolRecipe(seeds=(1, 2), extensions=0, pairs=(("span", "pre"),))
+    grid = {"train.learning_rate": (3e-3, 1e-2, 3e-2)}
+    recipe = replace(comparison, compare=CompareRecipe((ARMS[0], ARMS[2]), grid, protocol))
+    results = compare(recipe, tmp_path / "out")
+    stages = [(arm["stage"], arm["seed"]) for arm in results["arms"]]
+    assert stages == [("choice", 0)] * 6 + [("confirmation", 1), ("confirmation", 2)] * 2 and results["complete"]
+    (race,) = results["summary"]
+    assert [s["trials"] for s in race["standings"]] == [3, 3] and len(race["pairs"]) == 1
+    assert race["pairs"][0]["words"] in (tmp_path / "out" / "report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/jobs/*/records.jsonl")}
+    assert compare(recipe, tmp_path / "out")["summary"] == results["summary"]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/jobs/*/records.jsonl")}
+
+
+def test_ramps_take_a_recipes_arms_and_conditions_but_no_learning_rates(comparison: Recipe, tmp_path: Path) -> None:
+    grid = {"train.learning_rate": (1e-3, 1e-2), "train.clip_norm": (0.0, 1.0)}
+    protocol = ProtocolRecipe(seeds=(1, 2), extensions=0, pairs=(("span", "pre"),))
+    jobs = Plan(ramps(replace(comparison, compare=CompareRecipe(ARMS[:2], grid, protocol)), 0.5)).jobs({})
+    assert {(j.arm.split()[0], j.cell["train.clip_norm"]) for j in jobs} == set(
+        itertools.product(("pre", "post"), (0.0, 1.0))
+    )
+    assert len(jobs) == 4
+    assert all((j.recipe.train.schedule, j.recipe.train.learning_rate) == ("ramp", 0.5) for j in jobs)
+
+
+@pytest.mark.slow
+def test_ramps_end_in_tolerances(comparison: Recipe, tmp_path: Path) -> None:
+    train = replace(comparison.train, steps=400, checkpoint_every=400, probe_every=400)
+    one = replace(comparison, train=train, compare=CompareRecipe(ARMS[:1]))
+    results = compare(ramps(one, 1.0), tmp_path / "out")
+    assert [(t["arm"], t["unlearned"]) for t in results["tolerances"]] == [("pre 1/sqrt(2L)", 0)]
+    assert "Largest tolerable learning rate" in (tmp_path / "out" / "report.html").read_text()

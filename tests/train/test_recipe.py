@@ -119,3 +119,23 @@ def test_an_impossible_model_is_refused_before_any_data_is_read(model: dict, wor
 def test_the_written_record_is_plain_yaml() -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump({**recipe.to_dict(), "compare": {}}))).train == recipe.train
+
+
+def test_a_key_of_the_grid_is_set_whole(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("compare: {grid: {train.learning_rate: [1e-3, 2e-3]}}")
+    overrides = ["compare.grid.train.seed=[0, 1]", "compare.grid.train.learning_rate=[5e-3]"]
+    assert load_recipe(tmp_path / "r.yaml", overrides).compare.grid == {
+        "train.learning_rate": (5e-3,),
+        "train.seed": (0, 1),
+    }
+
+
+def test_a_value_of_the_grid_may_be_a_mapping_and_the_protocol_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("compare: {grid: {size: [{model.hidden_size: 8}]}, protocol: {pairs: [[a, b]]}}")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.compare.grid == {"size": ({"model.hidden_size": 8},)} and recipe.compare.protocol.pairs == (
+        ("a", "b"),
+    )
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(InputError, match=r"compare\.protocol\.extensions must not be negative"):
+        load_recipe(tmp_path / "r.yaml", ["compare.protocol.extensions=-1"])

@@ -24,6 +24,8 @@ from spannorm.files import alone_in, make_folder, read_json, write_json, writing
 from spannorm.lab.plan import Plan
 from spannorm.lab.report import draw_report
 from spannorm.lab.runner import Runner
+from spannorm.lab.summary import summarize
+from spannorm.lab.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
 from spannorm.train.recipe import DataRecipe, Recipe
@@ -48,7 +50,7 @@ def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once:
     with _opened(recipe, out, imports, at_once) as (runner, about):
 
         def record(complete: bool) -> dict[str, Any]:
-            results = {**about, "complete": complete, "arms": runner.arms()}
+            results = {**about, "complete": complete, **_outcome(recipe, arms := runner.arms()), "arms": arms}
             write_json(out / RESULTS, results)
             return results
 
@@ -99,6 +101,14 @@ def _check_same_comparison(recipe: Recipe, out: Path) -> None:
             )
     elif (out / "run.json").is_file():
         raise InputError(f"{out} already holds a single run: choose another --out folder.")
+
+
+def _outcome(recipe: Recipe, arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows come to: under a protocol each race, of ramps each arm's tolerance."""
+    protocol = recipe.compare.protocol
+    if protocol.seeds:
+        return {"summary": [asdict(race) for race in summarize(arms, protocol.pairs)]}
+    return {"tolerances": [asdict(t) for t in found]} if (found := tolerances(arms)) else {}
 
 
 def _data_folder(out: Path, recipe: DataRecipe) -> Path:

@@ -175,12 +175,10 @@ def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key (`train.steps`) in nested mappings, in place.
-
-    Below `compare.grid` stand dotted keys themselves: `compare.grid.train.seed`.
-    """
-    grid = "compare.grid."
-    *parents, last = [*grid[:-1].split("."), key.removeprefix(grid)] if key.startswith(grid) else key.split(".")
+    """Set a dotted key (`train.steps`, `compare.grid.train.seed`) in nested mappings, in place."""
+    *parents, last = key.split(".")
+    if key.startswith("compare.grid."):  # its keys are dotted themselves
+        parents, last = ["compare", "grid"], key.removeprefix("compare.grid.")
     for parent in parents:
         child = raw.setdefault(parent, {})
         if not isinstance(child, dict):
