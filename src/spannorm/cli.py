@@ -260,12 +260,16 @@ def run_files(paths: list[Path] | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 stopped and saved."""
+    """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 or 75 stopped and saved (`Stopped`)."""
+    from spannorm.train.processes import is_first
+
     try:
         app()
     except InputError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        if is_first():
+            typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
     except Stopped as stop:
-        typer.echo(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}", err=True)
-        sys.exit(130)
+        if is_first():
+            typer.echo(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}", err=True)
+        sys.exit(stop.exit_code)

@@ -14,7 +14,14 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The work was asked to stop (Ctrl-C, SIGTERM), has saved what it did, and goes on when run again."""
+    """The work was asked to stop (Ctrl-C, SIGTERM), has saved what it did, and goes on when run again.
+
+    The command line exits with `exit_code`: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) where a scheduler asked.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def unknown(what: str, given: object, known: Iterable[str]) -> InputError:

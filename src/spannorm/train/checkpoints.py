@@ -11,15 +11,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.models import SpanNormConfig
+from spannorm.train.processes import is_first, wait_for_all
 
 SEAL = "complete.json"
+NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache")
+"""Keys of a configuration that may differ between a run and its checkpoint: Trainer turns the cache off."""
 
 
 class Sealer(TrainerCallback):
     """Writes the seal as the last file of every checkpoint."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        wait_for_all()  # each process writes files of its own
+        if is_first():
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def seal(checkpoint: Path) -> None:
@@ -61,7 +66,7 @@ def check_config(checkpoint: Path, config: SpanNormConfig) -> None:
     differs = [
         f"{key} is {there.get(key)!r} there and {value!r} in the recipe"
         for key, value in config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype", "architectures") and there.get(key) != value
+        if key not in NOT_THE_MODEL and there.get(key) != value
     ]
     if differs:
         raise InputError(

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from spannorm.errors import InputError
 from spannorm.routing import RoutingMeter
 from spannorm.train.optimizers import build_optimizer
 from spannorm.train.recipe import TrainRecipe
@@ -77,8 +78,25 @@ class Engine(Trainer):
         return float(self.evaluate(sequences, metric_key_prefix=name)[f"{name}_loss"])
 
 
-def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
+def passes(t: TrainRecipe, processes: int) -> tuple[int, int]:
+    """Sequences per forward pass, and passes, in which each process does its share of an optimizer step.
+
+    Raises:
+        InputError: a step's sequences do not divide among the processes.
+    """
+    share, rest = divmod(t.batch_size * t.accumulation, processes)
+    if rest:
+        raise InputError(
+            f"a step's {t.batch_size * t.accumulation} sequences (train.batch_size · train.accumulation) must divide "
+            f"evenly among {processes} processes."
+        )
+    batch = next(b for b in range(min(t.batch_size, share), 0, -1) if share % b == 0)
+    return batch, share // batch
+
+
+def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArguments:
     """A recipe's training section in Trainer's words."""
+    batch_size, accumulation = passes(t, processes)
     options: dict[str, Any]
     if t.schedule == "cosine":
         schedule, options = "cosine_with_min_lr", {"min_lr_rate": t.final_learning_rate}
@@ -91,9 +109,10 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=t.steps,
-        per_device_train_batch_size=t.batch_size,
-        per_device_eval_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.accumulation,
+        per_device_train_batch_size=batch_size,
+        # Trainer counts the last batch's filling-up with several processes, unless a batch is one sequence.
+        per_device_eval_batch_size=t.batch_size if processes == 1 else 1,
+        gradient_accumulation_steps=accumulation,
         learning_rate=t.learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=options,
@@ -113,6 +132,7 @@ def arguments(t: TrainRecipe, out: Path) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
         use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
         log_level="error",

@@ -48,9 +48,9 @@ class TrainRecipe:
     """Optimizer steps."""
     sequence_length: int = 128
     batch_size: int = 4
-    """Sequences per forward pass and device."""
+    """Sequences per forward pass; at most, where several processes share a step's."""
     accumulation: int = 1
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step. A step sees batch_size · accumulation sequences, however many processes."""
     learning_rate: float = 6e-3
     """Peak learning rate."""
     optimizer: str = "adamw"

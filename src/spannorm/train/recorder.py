@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spannorm.files import append_json, read_jsonl, write_text
 from spannorm.train.health import ROUTING
+from spannorm.train.processes import any_of, is_first
 from spannorm.train.ramp import SHARES, Learned
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
@@ -47,17 +48,22 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.folder, self.probe, self.probe_every, self.on_step = folder, probe, probe_every, on_step
         self.parent = os.getppid() if stop_with_parent else None
+        self.stopped_by: signal.Signals | None = None
         self.stop_requested = False
         self.diverged = False
         self._began = self._seconds = 0.0
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Within the block, the first Ctrl-C or SIGTERM asks for a stop after the step; a second one is immediate."""
+        """Within the block, Ctrl-C or SIGTERM asks for a stop after the step; a second Ctrl-C is immediate.
+
+        A second SIGTERM is not: a scheduler sends it to torchrun and its processes, and torchrun passes its own on.
+        """
 
         def ask(number: int, _: Any) -> None:
-            self.stop_requested = True
-            signal.signal(number, before[signal.Signals(number)])
+            self.stopped_by = signal.Signals(number)
+            if number == signal.SIGINT:
+                signal.signal(number, before[signal.SIGINT])
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -70,7 +76,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A resumed run repeats the steps after its checkpoint: what they wrote before is taken back.
-        for name in (RECORDS, PROBES):
+        for name in (RECORDS, PROBES) if is_first() else ():
             kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= state.global_step]
             write_text(self.folder / name, "")
             for record in kept:
@@ -83,7 +89,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds = time.perf_counter() - self._began
-        if self.stop_requested or (self.parent is not None and os.getppid() != self.parent):
+        orphaned = self.parent is not None and os.getppid() != self.parent
+        if any_of(self.stopped_by is not None or orphaned):
             self.stop_requested = control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -101,7 +108,7 @@ class Recorder(TrainerCallback):
             "seconds": round(self._seconds, 6),
             **{name: logs[name] for name in ROUTING if name in logs},
         }
-        append_json(self.folder / RECORDS, record)
+        self._write(RECORDS, record)
         self.on_step(record)
         if not math.isfinite(record["loss"]):
             self.diverged, control.should_training_stop, control.should_save = True, True, False
@@ -109,7 +116,12 @@ class Recorder(TrainerCallback):
             self._probe(state.global_step)
 
     def _probe(self, step: int) -> None:
-        append_json(self.folder / PROBES, {"step": step, **self.probe()})
+        # Every process measures the same batch: a model in shards runs in all of them or not at all.
+        self._write(PROBES, {"step": step, **self.probe()})
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if is_first():
+            append_json(self.folder / name, record)
 
 
 class RampEnd(TrainerCallback):

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
+import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,19 @@ from transformers.utils import logging as transformers_logging
 
 from spannorm import kernels
 from spannorm.errors import InputError, Stopped, unknown
-from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
+from spannorm.files import alone_in, finite, make_folder, read_json, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
-from spannorm.routing import RoutingMeter, RoutingRecord
+from spannorm.routing import RoutingMeter
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
-from spannorm.train.engine import Engine, arguments, uses_bf16
-from spannorm.train.environment import machine, versions
-from spannorm.train.health import failure, spike_steps
-from spannorm.train.ramp import tolerated
+from spannorm.train.engine import Engine, arguments, passes
+from spannorm.train.processes import count, join, on_first
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import PROBES, RECORDS, RampEnd, Recorder
+from spannorm.train.recorder import RECORDS, RampEnd, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
+from spannorm.train.summary import describe, summarize
 
 RUN, RESULT = "run.json", "result.json"
 
@@ -103,13 +103,19 @@ def train(
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     model_config(recipe)
+    join()
+    passes(recipe.train, count())
+    with ExitStack() as held:
+        # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
+        begun, result = on_first(lambda: _enter(held, recipe, out, wait=60.0 if stop_with_parent else 0.0))
+        return result or _train(recipe, out, data, on_step, stop_with_parent, begun)
+
+
+def _enter(held: ExitStack, recipe: Recipe, out: Path, wait: float) -> tuple[bool, dict[str, Any] | None]:
+    """Take the folder for this run: whether it was begun there before, and its result if it was finished."""
     make_folder(out)
-    # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
-    with alone_in(out, wait=60.0 if stop_with_parent else 0.0):
-        begun = _check_same_run(recipe, out)
-        if (out / RESULT).is_file():
-            return dict(read_json(out / RESULT))
-        return _train(recipe, out, data, on_step, stop_with_parent, begun)
+    held.enter_context(alone_in(out, wait))
+    return _check_same_run(recipe, out), read_json(out / RESULT) if (out / RESULT).is_file() else None
 
 
 def _train(
@@ -124,7 +130,7 @@ def _train(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kernels.use(recipe.train.kernels)
-    tokens = prepare_data(recipe.data, data or out / "data")
+    tokens = on_first(lambda: prepare_data(recipe.data, data or out / "data"))
     config = model_config(recipe, tokens)
     t = recipe.train
     sequences = TrainingSequences(tokens, t.sequence_length, t.steps * t.batch_size * t.accumulation, t.seed)
@@ -133,14 +139,7 @@ def _train(
         for split in ("validation", "test")
     }
     model = SpanNormForCausalLM(config)
-    if not begun:
-        write_json(out / RUN, _description(recipe, model, tokens))
-    elif (before := read_json(out / RUN)["data"]["sha256"]) != tokens.sha256:
-        raise InputError(
-            f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
-            "has changed. Choose another --out folder."
-        )
-
+    checkpoint = on_first(lambda: _begin(out, recipe, model, tokens, begun))
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
@@ -148,31 +147,59 @@ def _train(
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = Engine(
-        model, arguments(t, out), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk, train_dataset=sequences,
-        callbacks=[recorder, Sealer(), board],
+        model, arguments(t, out, count()), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk,
+        train_dataset=sequences, callbacks=[recorder, Sealer(), board],
     )  # fmt: skip
     if t.schedule == "ramp":
         engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
     engine.remove_callback(PrinterCallback)
-    checkpoint = last_complete(out)
-    if checkpoint is not None:
-        check_config(checkpoint, config)
     with writing_to(out):
         with recorder.catching_signals():
             engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if recorder.stop_requested and engine.state.global_step < t.steps:
-            raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved")
+            code = 130 if recorder.stopped_by == signal.SIGINT else 75
+            raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved", code)
         losses = {
             split: math.nan if recorder.diverged else engine.mean_loss(held_out[split], split) for split in held_out
         }
-        result: dict[str, Any] = finite(_result(recipe, out, model, tokens, losses))
-        if not recorder.diverged:
-            if t.collapse:
-                ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
-                result["collapse"] = finite(collapse(model, ids, t.batch_size, engine.args.bf16))
-            model.save_pretrained(out / "model")
-            tokens.tokenizer().save_pretrained(out / "model")
-        write_json(out / RESULT, result)
+        collapsed = None
+        if t.collapse and not recorder.diverged:
+            ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
+            collapsed = finite(collapse(model, ids, t.batch_size, engine.args.bf16))
+        return on_first(lambda: _finish(recipe, out, model, tokens, losses, collapsed))
+
+
+def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
+    """Describe the run, or hold it against its description: the checkpoint to go on from, if there is one."""
+    if not begun:
+        write_json(out / RUN, describe(run_recipe(recipe), model, tokens))
+    elif (before := read_json(out / RUN)["data"]["sha256"]) != tokens.sha256:
+        raise InputError(
+            f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
+            "has changed. Choose another --out folder."
+        )
+    checkpoint = last_complete(out)
+    if checkpoint is not None:
+        check_config(checkpoint, model.config)
+    return checkpoint
+
+
+def _finish(
+    recipe: Recipe,
+    out: Path,
+    model: SpanNormForCausalLM,
+    tokens: TokenData,
+    losses: dict[str, float],
+    collapsed: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write the trained model, unless it diverged, and then the result."""
+    result: dict[str, Any] = finite(summarize(recipe, out, model, tokens, losses))
+    if collapsed is not None:
+        result["collapse"] = collapsed
+    if not math.isnan(losses["validation"]):
+        model.save_pretrained(out / "model")
+        tokens.tokenizer().save_pretrained(out / "model")
+    write_json(out / RESULT, result)
     return result
 
 
@@ -208,21 +235,6 @@ def differences(there: Any, here: Any, key: str = "") -> list[str]:
     return [] if there == here else [f"{key} is {there!r} there and {here!r} here"]
 
 
-def _description(recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
-    return {
-        "recipe": run_recipe(recipe),
-        "model_config": model.config.to_dict(),
-        "versions": versions(),
-        "machine": {**machine(), "threads": torch.get_num_threads()},
-        "data": {
-            "sha256": tokens.sha256,
-            "vocab_size": tokens.vocab_size,
-            "training_tokens": tokens.splits["train"].tokens,
-            "documents": sum(split.documents for split in tokens.splits.values()),
-        },
-    }
-
-
 def _probe(engine: Engine, batch: torch.Tensor) -> dict[str, Any]:
     model = engine.accelerator.unwrap_model(engine.model)
     training = model.training
@@ -242,59 +254,6 @@ def _probe(engine: Engine, batch: torch.Tensor) -> dict[str, Any]:
     finally:
         model.train(training)
     return record if routing.sums is None else {**record, "routing": routing.take().to_dict()}
-
-
-def _result(
-    recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
-) -> dict[str, Any]:
-    """The row of `results.json` that this run is."""
-    t, config = recipe.train, model.config
-    records = read_jsonl(out / RECORDS)
-    train_losses = [r["loss"] for r in records]
-    spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
-    unigram = tokens.unigram_loss("validation")
-    ramp = t.schedule == "ramp"
-    # A ramp is meant to diverge: where it does so is its result.
-    reason = None if ramp else failure(train_losses, spiked, losses["validation"], unigram)
-    # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
-    seconds = statistics.median(r["seconds"] for r in records)
-    per_step = t.sequence_length * t.batch_size * t.accumulation
-    after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
-    probes = read_jsonl(out / PROBES)
-    routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
-    head, idle = model.lm_head.weight.numel(), model.idle_parameters()
-    body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
-    return {
-        "placement": config.placement,
-        "depth_rule": config.depth_rule,
-        "seed": t.seed,
-        "learning_rate": t.learning_rate,
-        "status": "failed" if reason else "ok",
-        "reason": reason,
-        "val_loss": losses["validation"],
-        "test_loss": losses["test"],
-        "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
-        "unigram_loss": unigram,
-        "initial_loss": probes[0]["loss"],
-        "spikes": len(spiked),
-        "spike_score": len(spiked) / len(records),
-        "max_grad_norm": max(after_warmup, default=None),
-        "tokens_per_second": per_step / seconds,
-        "seconds": sum(r["seconds"] for r in records),
-        "parameters": model.num_parameters(),
-        "active_parameters": model.num_parameters() - idle,
-        "body_parameters": body,
-        "flops_per_token": 6 * (body - idle + head)
-        + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * t.sequence_length,
-        "depth": config.num_hidden_layers,
-        "steps": t.steps,
-        "steps_done": len(records),
-        "tokens": per_step * len(records),
-        "threads": torch.get_num_threads(),
-        "precision": "bf16" if uses_bf16(t) else "fp32",
-        "routing": routing[-1] if routing else None,
-        **({"tolerated": tolerated(records, unigram)} if ramp else {}),
-    }
 
 
 def quiet() -> None:

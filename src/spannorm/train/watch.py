@@ -7,6 +7,7 @@ from typing import Any
 
 from spannorm.files import read_jsonl
 from spannorm.train.display import Board, Row
+from spannorm.train.processes import is_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS
 from spannorm.train.run import model_config, train
@@ -14,6 +15,8 @@ from spannorm.train.run import model_config, train
 
 def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> dict[str, Any]:
     """`train`, watched in the terminal. Arguments, result and errors are those of `train`."""
+    if not is_first():
+        return train(recipe, out, data=data)
     row = Row.of(recipe, model_config(recipe))
     with Board(f"{recipe.name} → {out}", [row]) as board:
 

@@ -1,0 +1,69 @@
+"""The processes of one run, as torchrun starts them: all train, the first writes and speaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from spannorm.errors import InputError
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Meet the other processes of this run, if torchrun started any: over NCCL on GPUs, over gloo on CPUs."""
+    _state()
+
+
+def rank() -> int:
+    """This process's number, known before `join`."""
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    """How many processes have joined."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def on_first(do: Callable[[], T]) -> T:
+    """What `do` returns in the first process, handed to every process; its `InputError` reaches every process too."""
+    told: list[tuple[T | None, InputError | None]] = [(None, None)]
+    if is_first():
+        try:
+            told = [(do(), None)]
+        except InputError as error:
+            told = [(None, error)]
+    if count() > 1:
+        distributed.broadcast_object_list(told, src=0, device=_state().device)
+    value, refusal = told[0]
+    if refusal is not None:
+        raise refusal
+    return value  # type: ignore[return-value]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if count() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=_state().device)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    _state().wait_for_everyone()
+
+
+def _state() -> Any:
+    from accelerate import PartialState  # slow to import, and the command line asks for `is_first` alone
+
+    return PartialState(cpu=not torch.accelerator.is_available())

@@ -1,0 +1,90 @@
+"""What a run says of itself: at its start `run.json`, at its end the row of `results.json` that it is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spannorm.files import read_jsonl
+from spannorm.models import SpanNormForCausalLM
+from spannorm.routing import RoutingRecord
+from spannorm.train.data import TokenData
+from spannorm.train.engine import uses_bf16
+from spannorm.train.environment import machine, versions
+from spannorm.train.health import failure, spike_steps
+from spannorm.train.ramp import tolerated
+from spannorm.train.recipe import Recipe
+from spannorm.train.recorder import PROBES, RECORDS
+
+
+def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
+    """What `run.json` holds of a run that begins."""
+    return {
+        "recipe": recipe,
+        "model_config": model.config.to_dict(),
+        "versions": versions(),
+        "machine": {**machine(), "threads": torch.get_num_threads()},
+        "data": {
+            "sha256": tokens.sha256,
+            "vocab_size": tokens.vocab_size,
+            "training_tokens": tokens.splits["train"].tokens,
+            "documents": sum(split.documents for split in tokens.splits.values()),
+        },
+    }
+
+
+def summarize(
+    recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
+) -> dict[str, Any]:
+    """The row of `results.json` that this run is."""
+    t, config = recipe.train, model.config
+    records = read_jsonl(out / RECORDS)
+    train_losses = [r["loss"] for r in records]
+    spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
+    unigram = tokens.unigram_loss("validation")
+    ramp = t.schedule == "ramp"
+    # A ramp is meant to diverge: where it does so is its result.
+    reason = None if ramp else failure(train_losses, spiked, losses["validation"], unigram)
+    # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
+    seconds = statistics.median(r["seconds"] for r in records)
+    per_step = t.sequence_length * t.batch_size * t.accumulation
+    after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
+    probes = read_jsonl(out / PROBES)
+    routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
+    head, idle = model.lm_head.weight.numel(), model.idle_parameters()
+    body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+    return {
+        "placement": config.placement,
+        "depth_rule": config.depth_rule,
+        "seed": t.seed,
+        "learning_rate": t.learning_rate,
+        "status": "failed" if reason else "ok",
+        "reason": reason,
+        "val_loss": losses["validation"],
+        "test_loss": losses["test"],
+        "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
+        "unigram_loss": unigram,
+        "initial_loss": probes[0]["loss"],
+        "spikes": len(spiked),
+        "spike_score": len(spiked) / len(records),
+        "max_grad_norm": max(after_warmup, default=None),
+        "tokens_per_second": per_step / seconds,
+        "seconds": sum(r["seconds"] for r in records),
+        "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters() - idle,
+        "body_parameters": body,
+        "flops_per_token": 6 * (body - idle + head)
+        + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * t.sequence_length,
+        "depth": config.num_hidden_layers,
+        "steps": t.steps,
+        "steps_done": len(records),
+        "tokens": per_step * len(records),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if uses_bf16(t) else "fp32",
+        "routing": routing[-1] if routing else None,
+        **({"tolerated": tolerated(records, unigram)} if ramp else {}),
+    }
