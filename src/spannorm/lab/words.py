@@ -21,7 +21,7 @@ def about(results: dict[str, Any], arms: int) -> str:
     depths = sorted({int(depth) for depth in values_of(jobs, "depth")})
     placements = {job["placement"] for job in jobs}
     text = f"{plural(arms, 'arm')} of {plural(len(placements), 'placement')}"
-    shape = [f"{listed(depths)} blocks"] if depths else []
+    shape = [f"{' and '.join([*filter(None, [listed(depths[:-1])]), str(depths[-1])])} blocks"] if depths else []
     shape += [f"width {model['hidden_size']}"] if model.get("hidden_size") else []
     text += f": a decoder of {', '.join(shape)}," if shape else ","
     tokens = max(values_of(jobs, "tokens"), default=0)
