@@ -27,8 +27,9 @@ class Engine(Trainer):
     curves, spikes and failures mean what they mean for a dense model.
     """
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, skip_nan: bool = False, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        self._skip_nan = skip_nan
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
 
@@ -40,6 +41,11 @@ class Engine(Trainer):
             self._routing.add(outputs.router_logits)
             self._auxiliary.append(torch.stack([outputs.aux_loss, outputs.z_loss]).detach())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Trainer empties its sum of losses by taking it off itself, which NaN survives: every later loss would be NaN.
+        return loss.nan_to_num(0.0, 0.0, 0.0) if self._skip_nan else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "grad_norm" in logs and self._auxiliary:

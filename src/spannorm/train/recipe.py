@@ -72,6 +72,9 @@ class TrainRecipe:
     """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
+    on_nan: str = "stop"
+    """A step whose loss or gradient is not finite: `stop` ends the run as failed, `skip` leaves the weights as they
+    were and goes on (at most 8 in a row)."""
     evaluation_sequences: int = 64
     """Sequences of the validation (and of the test) split that measure the final loss."""
     checkpoint_every: int = 100
@@ -260,6 +263,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("train.schedule", t.schedule, ("cosine", "wsd")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
+        ("train.on_nan", t.on_nan, ("stop", "skip")),
     ]:
         if value not in known:
             raise unknown(name, value, known)

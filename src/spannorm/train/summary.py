@@ -42,8 +42,10 @@ def summarize(
     """The row of `results.json` that this run is."""
     t, config = recipe.train, model.config
     records = read_jsonl(out / RECORDS)
-    train_losses = [r["loss"] for r in records]
-    spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
+    skipped = [r["step"] for r in records if r.get("skipped")]
+    taken = [r for r in records if not r.get("skipped")]
+    train_losses = [r["loss"] for r in taken]
+    spiked = spike_steps(train_losses, [r["grad_norm"] for r in taken])
     unigram = tokens.unigram_loss("validation")
     reason = failure(train_losses, spiked, losses["validation"], unigram)
     # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
@@ -64,6 +66,7 @@ def summarize(
         "test_loss": losses["test"],
         "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
         "unigram_loss": unigram,
+        "skipped_steps": skipped,
         "spikes": len(spiked),
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),
