@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from spannorm.errors import InputError, Stopped
+from spannorm.errors import DiskError, InputError, Stopped
 
 app = typer.Typer(
     help="Decide where the norms of a deep Transformer go: train and compare placements on equal terms.",
@@ -266,7 +266,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        if is_first():
+        if is_first() or isinstance(error, DiskError):  # all other input is the same for every process
             typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
     except Stopped as stop:

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class DiskError(InputError):
+    """The disk of this process would not take what was to be written."""
+
+
 class Stopped(Exception):
     """The work was asked to stop (Ctrl-C, SIGTERM), has saved what it did, and goes on when run again.
 

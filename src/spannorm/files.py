@@ -9,12 +9,12 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spannorm.errors import InputError
+from spannorm.errors import DiskError, InputError
 
 _TROUBLE = {
     errno.ENOSPC: "there is no space left on the disk",
@@ -37,7 +37,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         reason = _disk_trouble(error, folder)
         if reason is None:
             raise
-        raise InputError(
+        raise DiskError(
             f"cannot write to {folder}: {reason}. Free some space or choose another --out folder, then run the same "
             "command again: it goes on from what is complete."
         ) from error
@@ -105,7 +105,16 @@ def read_json(path: Path) -> Any:
 def append_json(path: Path, value: Any) -> None:
     """Append one line to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+        file.write(_line(value))
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """`write_text` for JSONL."""
+    write_text(path, "".join(map(_line, values)))
+
+
+def _line(value: Any) -> str:
+    return json.dumps(finite(value), allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

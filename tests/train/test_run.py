@@ -21,7 +21,7 @@ from spannorm import kernels
 from spannorm.errors import InputError, Stopped
 from spannorm.init import role_of
 from spannorm.models import SpanNormForCausalLM
-from spannorm.train.checkpoints import last_complete
+from spannorm.train.checkpoints import last_complete, seal
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine, arguments
 from spannorm.train.recipe import Recipe
@@ -285,9 +285,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     path = out / "checkpoint-40" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "placement": "post"}))
-    seal = json.loads((out / "checkpoint-40" / "complete.json").read_text())
-    seal["files"]["config.json"] = path.stat().st_size
-    (out / "checkpoint-40" / "complete.json").write_text(json.dumps(seal))
+    seal(out / "checkpoint-40")
     with pytest.raises(InputError, match="placement is 'post' there and 'span' in the recipe"):
         train(recipe, out, data=tokens.directory)
 

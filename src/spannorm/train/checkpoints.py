@@ -1,7 +1,9 @@
-"""Checkpoints that are complete or not used: each is sealed with the sizes of its files when all are written."""
+"""Checkpoints that are complete or not used: each is sealed with the fingerprints of its files when all are written."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.models import SpanNormConfig
 from spannorm.train.processes import is_first, wait_for_all
+
+logger = logging.getLogger("spannorm")
 
 SEAL = "complete.json"
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache")
@@ -28,18 +32,37 @@ class Sealer(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as complete."""
-    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
-    write_json(checkpoint / SEAL, {"files": sizes})
+    """Mark a checkpoint as complete: the size and SHA-256 of each of its files."""
+    write_json(checkpoint / SEAL, {"files": {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}})
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its seal and every file is as long as it was."""
+def files_of(checkpoint: Path) -> list[str]:
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    return [path.relative_to(checkpoint).as_posix() for path in paths]
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What has happened to a sealed checkpoint since, naming the file; None where nothing has."""
     try:
-        sizes = read_json(checkpoint / SEAL)["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (InputError, OSError, KeyError):
-        return False
+        sealed = dict(read_json(checkpoint / SEAL)["files"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return f"{checkpoint / SEAL} is not readable"
+    for name in sorted({*sealed, *files_of(checkpoint)}):
+        path = checkpoint / name
+        if name not in sealed:
+            return f"{path} was added"
+        if not path.is_file():
+            return f"{path} is missing"
+        here = fingerprint(path)
+        if here != sealed[name]:
+            size = sealed[name]["bytes"]
+            return f"{path} " + ("was altered" if here["bytes"] == size else f"holds {here['bytes']} of {size} bytes")
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -47,12 +70,28 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The latest complete checkpoint of a run; later ones, cut short by a kill, are removed."""
+    """The latest sound checkpoint of a run; later ones, cut short by a kill or damaged since, are removed.
+
+    Raises:
+        InputError: there are sealed checkpoints, and every one is damaged.
+    """
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    damaged: dict[Path, str] = {}
     for checkpoint in sorted(found, key=step_of, reverse=True):
-        if is_complete(checkpoint):
+        if not (checkpoint / SEAL).exists():
+            shutil.rmtree(checkpoint)
+            continue
+        wrong = damage(checkpoint)
+        if wrong is None:
+            for path, why in damaged.items():
+                logger.warning("%s: going on from %s.", why, checkpoint.name)
+                shutil.rmtree(path)
             return checkpoint
-        shutil.rmtree(checkpoint)
+        damaged[checkpoint] = wrong
+    if damaged:
+        raise InputError(
+            f"no checkpoint in {folder} is sound: {'; '.join(damaged.values())}. Delete them to begin anew."
+        )
     return None
 
 

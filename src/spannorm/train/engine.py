@@ -28,10 +28,17 @@ class Engine(Trainer):
     """
 
     def __init__(
-        self, model: Any, *args: Any, optimizer_name: str = "adamw", loss_chunk: int = 0, **kwargs: Any
+        self,
+        model: Any,
+        *args: Any,
+        optimizer_name: str = "adamw",
+        loss_chunk: int = 0,
+        skip_nan: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.optimizer_name, self.loss_chunk = optimizer_name, loss_chunk
         super().__init__(model, *args, **kwargs)
+        self._skip_nan = skip_nan
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
 
@@ -45,6 +52,11 @@ class Engine(Trainer):
             self._routing.add(outputs.router_logits)
             self._auxiliary.append(torch.stack([outputs.aux_loss, outputs.z_loss]).detach())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Trainer empties its sum of losses by taking it off itself, which NaN survives: every later loss would be NaN.
+        return loss.nan_to_num(0.0, 0.0, 0.0) if self._skip_nan else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "grad_norm" in logs and self._auxiliary:

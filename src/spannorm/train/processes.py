@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from spannorm.errors import InputError
+from spannorm.errors import InputError, Stopped
 
 T = TypeVar("T")
 
@@ -61,6 +62,17 @@ def any_of(flag: bool) -> bool:
 def wait_for_all() -> None:
     """Return when every process has come here."""
     _state().wait_for_everyone()
+
+
+@contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Within the block, the error of a process that has lost another is one clear `Stopped`: the cause is elsewhere."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise Stopped("another process of this run is gone, what came after the last checkpoint with it", 75) from error
 
 
 def _state() -> Any:

@@ -79,6 +79,9 @@ class TrainRecipe:
     0: all of a pass's."""
     compile: bool = False
     activation_checkpointing: bool = False
+    on_nan: str = "stop"
+    """A step whose loss or gradient is not finite: `stop` ends the run as failed, `skip` leaves the weights as they
+    were and goes on (at most 8 in a row)."""
     evaluation_sequences: int = 64
     """Sequences of the validation (and of the test) split that measure the final loss."""
     checkpoint_every: int = 100
@@ -284,6 +287,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
+        ("train.on_nan", t.on_nan, ("stop", "skip")),
     ]:
         if value not in known:
             raise unknown(name, value, known)

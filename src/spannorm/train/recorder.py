@@ -8,6 +8,7 @@ probes.jsonl    one line per probe: step and a `spannorm.probes.Record`; of a mi
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -17,14 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spannorm.files import append_json, read_jsonl, write_text
+from spannorm.files import append_json, read_jsonl, write_jsonl
 from spannorm.train.health import ROUTING
 from spannorm.train.processes import any_of, is_first
 from spannorm.train.ramp import SHARES, Learned
 
+logger = logging.getLogger("spannorm")
+
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
+SKIPS = 8
+"""Steps in a row that may be skipped: weights that are broken themselves break every step."""
 
 
 class Recorder(TrainerCallback):
@@ -36,6 +42,7 @@ class Recorder(TrainerCallback):
         probe_every: optimizer steps between probes.
         on_step: called with each record, for a live display.
         stop_with_parent: stop when the process that started this one is gone.
+        skip_nan: take back the update of a step whose gradient is not finite, instead of stopping at its loss.
     """
 
     def __init__(
@@ -45,12 +52,14 @@ class Recorder(TrainerCallback):
         probe_every: int,
         on_step: Callable[[dict[str, Any]], None],
         stop_with_parent: bool = False,
+        skip_nan: bool = False,
     ) -> None:
         self.folder, self.probe, self.probe_every, self.on_step = folder, probe, probe_every, on_step
         self.parent = os.getppid() if stop_with_parent else None
         self.stopped_by: signal.Signals | None = None
         self.stop_requested = False
         self.diverged = False
+        self.skip_nan, self._skipped = skip_nan, 0
         self._began = self._seconds = 0.0
 
     @contextmanager
@@ -77,15 +86,22 @@ class Recorder(TrainerCallback):
     ) -> None:
         # A resumed run repeats the steps after its checkpoint: what they wrote before is taken back.
         for name in (RECORDS, PROBES) if is_first() else ():
-            kept = [r for r in read_jsonl(self.folder / name) if r["step"] <= state.global_step]
-            write_text(self.folder / name, "")
-            for record in kept:
-                append_json(self.folder / name, record)
+            there = read_jsonl(self.folder / name) if state.global_step else []
+            write_jsonl(self.folder / name, [r for r in there if r["step"] <= state.global_step])
         if state.global_step == 0:
             self._probe(0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.skip_nan:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            self._skipped = 0 if math.isfinite(norm.item()) else self._skipped + 1
+            if self._skipped:
+                model.zero_grad()  # to None: AdamW then leaves weights and moments as they are
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._seconds = time.perf_counter() - self._began
@@ -102,15 +118,18 @@ class Recorder(TrainerCallback):
             return
         record = {
             "step": state.global_step,
-            "loss": logs["loss"],
+            "loss": math.nan if self._skipped else logs["loss"],
             "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "seconds": round(self._seconds, 6),
             **{name: logs[name] for name in ROUTING if name in logs},
+            **({"skipped": True} if self._skipped else {}),
         }
         self._write(RECORDS, record)
         self.on_step(record)
-        if not math.isfinite(record["loss"]):
+        if self._skipped and is_first():
+            logger.warning("step %d: the gradient is not finite; skipped.", state.global_step)
+        if self._skipped > SKIPS if self._skipped else not math.isfinite(record["loss"]):
             self.diverged, control.should_training_stop, control.should_save = True, True, False
         elif state.global_step % self.probe_every == 0 or state.global_step == state.max_steps:
             self._probe(state.global_step)

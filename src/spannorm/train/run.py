@@ -38,7 +38,7 @@ from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, passes
-from spannorm.train.processes import count, join, on_first
+from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, RampEnd, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
@@ -143,17 +143,18 @@ def _train(
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
-    recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent)
+    skip = t.on_nan == "skip"
+    recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, skip)
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = Engine(
-        model, arguments(t, out, count()), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk,
+        model, arguments(t, out, count()), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk, skip_nan=skip,
         train_dataset=sequences, callbacks=[recorder, Sealer(), board],
     )  # fmt: skip
     if t.schedule == "ramp":
         engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
     engine.remove_callback(PrinterCallback)
-    with writing_to(out):
+    with writing_to(out), noticing_loss():
         with recorder.catching_signals():
             engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if recorder.stop_requested and engine.state.global_step < t.steps:

@@ -43,8 +43,10 @@ def summarize(
     """The row of `results.json` that this run is."""
     t, config = recipe.train, model.config
     records = read_jsonl(out / RECORDS)
-    train_losses = [r["loss"] for r in records]
-    spiked = spike_steps(train_losses, [r["grad_norm"] for r in records])
+    skipped = [r["step"] for r in records if r.get("skipped")]
+    taken = [r for r in records if not r.get("skipped")]
+    train_losses = [r["loss"] for r in taken]
+    spiked = spike_steps(train_losses, [r["grad_norm"] for r in taken])
     unigram = tokens.unigram_loss("validation")
     ramp = t.schedule == "ramp"
     # A ramp is meant to diverge: where it does so is its result.
@@ -69,6 +71,7 @@ def summarize(
         "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
         "unigram_loss": unigram,
         "initial_loss": probes[0]["loss"],
+        "skipped_steps": skipped,
         "spikes": len(spiked),
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),

@@ -28,7 +28,8 @@ def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> di
             board.refresh()
 
         result = train(recipe, out, data=data, on_step=on_step)
-        row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
+        where = f" at step {result['steps_done']}" if result["reason"] == "non-finite" else ""
+        row.status, row.note = result["status"], f"failed: {result['reason']}{where}" if result["reason"] else ""
     board.console.print(
         f"validation loss {_figure(result['val_loss'])} nats per token, test {_figure(result['test_loss'])}, "
         f"{_figure(result['bits_per_byte'])} bits per byte; {out / 'result.json'}",

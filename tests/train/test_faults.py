@@ -1,0 +1,245 @@
+"""Faults that really happen: what was lost, what is said, and that the run ends as if nothing had been."""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes_fixtures import start, torchrun, write_recipe
+from safetensors.torch import load_file
+
+from spannorm.errors import InputError
+from spannorm.train.checkpoints import SEAL, last_complete
+from spannorm.train.data import TokenData
+from spannorm.train.engine import Engine
+from spannorm.train.recipe import Recipe
+from spannorm.train.run import train
+
+
+def records(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "records.jsonl").read_text().split("\n")[:-1]]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert records(a) == records(b)
+    assert (a / "probes.jsonl").read_text() == (b / "probes.jsonl").read_text()
+    left, right = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.fixture(scope="module")
+def often(recipe: Recipe) -> Recipe:
+    """Checkpoints so often that half of all moments lie inside one."""
+    return replace(recipe, train=replace(recipe.train, checkpoint_every=2))
+
+
+@pytest.fixture(scope="module")
+def finished(often: Recipe, tokens: TokenData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(often, out, data=tokens.directory)
+    return out
+
+
+def child(do: Callable[[], object]) -> int:
+    """Run something in a fork of this process; its number."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            do()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def unsealed(out: Path) -> bool:
+    return any(not (c / SEAL).exists() for c in out.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_like_the_uninterrupted_one(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, kills: int
+) -> None:
+    out, draw, inside = tmp_path / "run", random.Random(7), 0
+    for kill in range(kills):
+        pid = child(lambda: train(often, out, data=tokens.directory))
+        until = time.monotonic() + 0.1 + draw.random() * 0.6
+        # every other kill falls inside a checkpoint's writing
+        while time.monotonic() < until + 30 and (not unsealed(out) if kill % 2 else time.monotonic() < until):
+            if (out / "result.json").exists():
+                break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        inside += unsealed(out)
+        done = len(records(out)) if (out / "records.jsonl").exists() else 0
+        sound = last_complete(out)
+        assert done - (int(sound.name[11:]) if sound else 0) <= 3, "more than a checkpoint interval is lost"
+        if (out / "result.json").exists():
+            shutil.rmtree(out)
+    assert inside, "no kill fell inside a checkpoint"
+    train(often, out, data=tokens.directory)
+    assert_same_run(out, finished)
+
+
+def half_done(finished: Path, out: Path) -> Path:
+    """A copy of the finished run as a kill after its last checkpoint would have left it."""
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "model")
+    return out
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 7)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("harm", [flip_a_bit, cut, Path.unlink], ids=["flipped", "cut", "gone"])
+def test_a_damaged_file_is_named_and_the_last_sound_checkpoint_used(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm, name: str
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    harm(out / "checkpoint-40" / name)
+    with caplog.at_level(logging.WARNING, "spannorm"):
+        assert last_complete(out) == out / "checkpoint-38"
+    assert str(out / "checkpoint-40" / name) in caplog.text and "going on from checkpoint-38" in caplog.text
+    if name == "model.safetensors":
+        train(often, out, data=tokens.directory)
+        assert_same_run(out, finished)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_not_begun_anew_in_silence(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    for checkpoint in out.glob("checkpoint-*"):
+        flip_a_bit(checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"no checkpoint .* is sound: .*checkpoint-40/model.safetensors was altered"):
+        train(often, out, data=tokens.directory)
+    assert len(list(out.glob("checkpoint-*"))) == 2, "nothing was thrown away"
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The batches of these optimizer steps give a loss that is not a number."""
+    sound = Engine.compute_loss
+
+    def compute_loss(self: Engine, model, *args, **kwargs):
+        loss = sound(self, model, *args, **kwargs)
+        return loss * float("nan") if model.training and self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(Engine, "compute_loss", compute_loss)
+
+
+def test_a_nan_batch_stops_the_run_and_is_named(
+    often: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, 7)
+    result = train(often, tmp_path / "run", data=tokens.directory)
+    assert (result["reason"], result["steps_done"]) == ("non-finite", 7)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_nan_batch_is_skipped_where_the_recipe_says_so(
+    often: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_at(monkeypatch, 7, 20)
+    skipping = replace(often, train=replace(often.train, on_nan="skip"))
+    with caplog.at_level(logging.WARNING, "spannorm"):
+        result = train(skipping, tmp_path / "run", data=tokens.directory)
+    assert result["status"] == "ok" and result["skipped_steps"] == [7, 20] and "step 7:" in caplog.text
+    assert [r["loss"] for r in records(tmp_path / "run") if r.get("skipped")] == [None, None]
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(
+    recipe: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, 6)
+    t = replace(recipe.train, steps=6, checkpoint_every=5, on_nan="skip", probe_every=99)
+    train(replace(recipe, train=t), tmp_path / "run", data=tokens.directory)
+    before, after = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (5, 6))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_steps_that_are_all_broken_end_the_run(
+    often: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, *range(5, 41))
+    result = train(replace(often, train=replace(often.train, on_nan="skip")), tmp_path / "run", data=tokens.directory)
+    assert (result["reason"], result["steps_done"]) == ("non-finite", 13)
+
+
+def program(recipe: Recipe, tokens: TokenData, out: Path) -> list[object]:
+    path = write_recipe(recipe, out.with_suffix(".yaml"))
+    return ["-m", "spannorm", "train", path, "--out", out, "--data", tokens.directory]
+
+
+def wait_for_steps(out: Path, steps: int) -> None:
+    until = time.monotonic() + 120
+    while not (out / "records.jsonl").is_file() or len(records(out)) < steps:
+        assert time.monotonic() < until, "the run did not get going"
+        time.sleep(0.005)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+
+    def rank(pid: str) -> str:
+        return re.findall(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())[0]
+
+    return [int(pid) for pid in sorted(children, key=rank)]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
+    recipe: Recipe, tokens: TokenData, tmp_path: Path, processes: int
+) -> None:
+    out = tmp_path / "run"
+    process = start(processes, *program(recipe, tokens, out))
+    wait_for_steps(out, 5)
+    everyone = [process.pid, *(ranks_of(process.pid) if processes > 1 else ())]
+    for pid in everyone:  # as SLURM does: all processes of the step, and torchrun passes its own on
+        os.kill(pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert stderr.count("saved. Go on with: spannorm train") == 1
+    if processes == 1:
+        assert process.returncode == 75
+    checkpoint = last_complete(out)
+    assert checkpoint is not None and int(checkpoint.name[11:]) == len(records(out)), "no step is lost"
+    assert torchrun(processes, *program(recipe, tokens, out)).returncode == 0
+    assert len(records(out)) == recipe.train.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_kill_of_one_process_ends_all_and_the_run_goes_on(
+    recipe: Recipe, tokens: TokenData, tmp_path: Path, victim: int
+) -> None:
+    uninterrupted, out = tmp_path / "whole", tmp_path / "run"
+    assert torchrun(2, *program(recipe, tokens, uninterrupted)).returncode == 0
+    for steps in (5, 17, 28):
+        process = start(2, *program(recipe, tokens, out))
+        wait_for_steps(out, steps)
+        os.kill(ranks_of(process.pid)[victim], signal.SIGKILL)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if victim == 1:
+            assert "another process of this run is gone" in stderr
+        assert len(records(out)) - int(last_complete(out).name[11:] if last_complete(out) else 0) <= 11
+    assert torchrun(2, *program(recipe, tokens, out)).returncode == 0
+    assert_same_run(out, uninterrupted)
