@@ -70,6 +70,9 @@ class TrainRecipe:
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
     kernels: str = "auto"
     """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
+    parallel: str = "ddp"
+    """What several processes share: `ddp` the batch alone, `fsdp` (FSDP2) parameters, gradients and optimizer state
+    too (docs/processes.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
     on_nan: str = "stop"
@@ -263,6 +266,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("train.schedule", t.schedule, ("cosine", "wsd")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
+        ("train.parallel", t.parallel, ("ddp", "fsdp")),
         ("train.on_nan", t.on_nan, ("stop", "skip")),
     ]:
         if value not in known:

@@ -36,11 +36,12 @@ from spannorm.probes import measure
 from spannorm.routing import RoutingMeter
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.data import TokenData, prepare_data
-from spannorm.train.engine import Engine, arguments, passes
+from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
+from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
 
 RUN, RESULT = "run.json", "result.json"
@@ -137,7 +138,8 @@ def _train(
         split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)
         for split in ("validation", "test")
     }
-    model = SpanNormForCausalLM(config)
+    kind: type[Engine] = ShardedEngine if t.parallel == "fsdp" else Engine
+    model = sharded_model(config, uses_bf16(t)) if kind is ShardedEngine else SpanNormForCausalLM(config)
     checkpoint = on_first(lambda: _begin(out, recipe, model, tokens, begun))
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
@@ -148,7 +150,7 @@ def _train(
     board.logging_dir = str(out / "tensorboard")
     args = arguments(t, out, count())
     callbacks = [recorder, Sealer(), board]
-    engine = Engine(model, args, train_dataset=sequences, callbacks=callbacks, skip_nan=skip)
+    engine = kind(model, args, train_dataset=sequences, callbacks=callbacks, skip_nan=skip)
     engine.remove_callback(PrinterCallback)
     with writing_to(out), noticing_loss():
         with recorder.catching_signals():
@@ -159,7 +161,8 @@ def _train(
         losses = {
             split: math.nan if recorder.diverged else engine.mean_loss(held_out[split], split) for split in held_out
         }
-        return on_first(lambda: _finish(recipe, out, model, tokens, losses))
+        weights = engine.whole_weights()
+        return on_first(lambda: _finish(recipe, out, model, weights, tokens, losses))
 
 
 def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
@@ -178,12 +181,17 @@ def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenD
 
 
 def _finish(
-    recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
+    recipe: Recipe,
+    out: Path,
+    model: SpanNormForCausalLM,
+    weights: dict[str, torch.Tensor],
+    tokens: TokenData,
+    losses: dict[str, float],
 ) -> dict[str, Any]:
     """Write the trained model, unless it diverged, and then the result."""
     result: dict[str, Any] = finite(summarize(recipe, out, model, tokens, losses))
     if result["reason"] != "non-finite":
-        model.save_pretrained(out / "model")
+        model.save_pretrained(out / "model", state_dict=weights)
         tokens.tokenizer().save_pretrained(out / "model")
     write_json(out / RESULT, result)
     return result
