@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spannorm.errors import InputError
 from spannorm.placements import Placement
@@ -134,6 +135,10 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
             value = torch.full(parameter.shape, draw.mean, dtype=torch.float32, device="cpu")
             if draw.sigma:
                 value += draw.sigma * standard_normal(parameter.shape, seed, name.removeprefix(prefix), draw.cut)
+            if isinstance(parameter, DTensor):  # each process keeps its shard of the same draw
+                value = distribute_tensor(
+                    value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
             parameter.copy_(value)
 
 

@@ -40,7 +40,7 @@ def torchrun(processes: int, *program: object) -> subprocess.CompletedProcess:
 
 def train_together(processes: int, runs: Mapping[Path, Recipe], tokens: TokenData) -> None:
     """Train each recipe into its folder, in processes started once for all of them."""
-    if processes == 1:
+    if processes == 1 and all(recipe.train.parallel == "ddp" for recipe in runs.values()):
         for out, recipe in runs.items():
             train(recipe, out, data=tokens.directory)
         return

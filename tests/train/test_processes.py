@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from processes_fixtures import torchrun, train_together, write_recipe
 from safetensors.torch import load_file
 
@@ -61,11 +62,34 @@ def test_processes_give_the_losses_and_weights_of_one(
     recipe: Recipe, tokens: TokenData, tmp_path: Path, processes: int, arms: tuple[str, ...]
 ) -> None:
     # 7 sequences are no multiple of the processes, and accumulation is shared out too
-    runs = {arm: short(recipe, arm, evaluation_sequences=7, batch_size=4, accumulation=2) for arm in arms}
-    train_together(processes, {tmp_path / "many" / arm: run for arm, run in runs.items()}, tokens)
-    for arm, run in runs.items():
-        train(run, tmp_path / "one" / arm, data=tokens.directory)
-        assert_equal_runs(tmp_path / "one" / arm, tmp_path / "many" / arm)
+    t = {"evaluation_sequences": 7, "batch_size": 4, "accumulation": 2}
+    parallel = {(arm, how): short(recipe, arm, parallel=how, **t) for arm in arms for how in ("ddp", "fsdp")}
+    train_together(processes, {tmp_path / how / arm: run for (arm, how), run in parallel.items()}, tokens)
+    for arm in arms:
+        train(short(recipe, arm, **t), tmp_path / "one" / arm, data=tokens.directory)
+        for how in ("ddp", "fsdp"):
+            assert_equal_runs(tmp_path / "one" / arm, tmp_path / how / arm)
+
+
+@pytest.mark.slow
+def test_shards_in_bf16_recomputed_and_tied_train_as_well(recipe: Recipe, tokens: TokenData, tmp_path: Path) -> None:
+    """Tied weights and recomputed activations change nothing; bf16 keeps the loss to its three digits."""
+    tied = {"tie_word_embeddings": True}
+    plain = short(recipe, "span-dense", activation_checkpointing=True)
+    changed = {
+        "tied": replace(plain, model={**plain.model, **tied}),
+        "bf16": short(recipe, "span-moe", precision="bf16"),
+    }
+    sharded = {name: replace(run, train=replace(run.train, parallel="fsdp")) for name, run in changed.items()}
+    train_together(2, {tmp_path / "many" / name: run for name, run in sharded.items()}, tokens)
+    halfway(tmp_path / "many" / "tied")
+    train_together(2, {tmp_path / "many" / "tied": sharded["tied"]}, tokens)
+    for (name, run), tolerance in zip(changed.items(), (1e-6, 0.01), strict=True):
+        train(replace(run, train=replace(run.train, precision="fp32")), tmp_path / "one" / name, data=tokens.directory)
+        ours, theirs = (lines(tmp_path / which / name / "records.jsonl") for which in ("many", "one"))
+        assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=tolerance)
+        weights = load_file(tmp_path / "many" / name / "model" / "model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
 def halfway(run: Path) -> None:
@@ -85,6 +109,9 @@ def test_a_run_goes_on_at_another_number_of_processes(
     runs = {arm: short(recipe, arm) for arm in ("span-dense", "pre-moe")}
     for arm, run in runs.items():
         train(run, tmp_path / "one" / arm, data=tokens.directory)
+    if before > 1:
+        runs["post-dense"] = short(recipe, "post-dense", parallel="fsdp")
+        train(short(recipe, "post-dense"), tmp_path / "one" / "post-dense", data=tokens.directory)
     moved = {tmp_path / "moved" / arm: run for arm, run in runs.items()}
     for processes in (before, after):
         train_together(processes, moved, tokens)

@@ -85,6 +85,10 @@ class Engine(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict."""
+        return dict(self.accelerator.unwrap_model(self.model).state_dict())
+
     def mean_loss(self, sequences: Dataset, name: str) -> float:
         """Mean loss over sequences of equal length, nats per token."""
         return float(self.evaluate(sequences, metric_key_prefix=name)[f"{name}_loss"])

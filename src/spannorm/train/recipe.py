@@ -77,6 +77,9 @@ class TrainRecipe:
     loss_chunk: int = 0
     """Tokens whose logits are held at once, for a large vocabulary: less memory, and the head once more in backward.
     0: all of a pass's."""
+    parallel: str = "ddp"
+    """What several processes share: `ddp` the batch alone, `fsdp` (FSDP2) parameters, gradients and optimizer state
+    too (docs/processes.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
     on_nan: str = "stop"
@@ -282,11 +285,16 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(
             f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."
         )
+    if t.optimizer == "muon" and t.parallel == "fsdp":
+        raise InputError(
+            "train.optimizer muon needs whole matrices, which train.parallel fsdp shards: use adamw or ddp."
+        )
     for name, value, known in [
         ("train.optimizer", t.optimizer, OPTIMIZERS),
         ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
         ("train.precision", t.precision, ("auto", "fp32", "bf16")),
         ("train.kernels", t.kernels, KERNELS),
+        ("train.parallel", t.parallel, ("ddp", "fsdp")),
         ("train.on_nan", t.on_nan, ("stop", "skip")),
     ]:
         if value not in known:

@@ -37,11 +37,12 @@ from spannorm.routing import RoutingMeter
 from spannorm.train.checkpoints import Sealer, check_config, last_complete
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
-from spannorm.train.engine import Engine, arguments, passes
+from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, RampEnd, Recorder
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
+from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
 
 RUN, RESULT = "run.json", "result.json"
@@ -138,7 +139,8 @@ def _train(
         split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)
         for split in ("validation", "test")
     }
-    model = SpanNormForCausalLM(config)
+    kind: type[Engine] = ShardedEngine if t.parallel == "fsdp" else Engine
+    model = sharded_model(config, uses_bf16(t)) if kind is ShardedEngine else SpanNormForCausalLM(config)
     checkpoint = on_first(lambda: _begin(out, recipe, model, tokens, begun))
     probed = held_out["validation"]
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ def _train(
     recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, skip)
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
-    engine = Engine(
+    engine = kind(
         model, arguments(t, out, count()), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk, skip_nan=skip,
         train_dataset=sequences, callbacks=[recorder, Sealer(), board],
     )  # fmt: skip
@@ -167,7 +169,8 @@ def _train(
         if t.collapse and not recorder.diverged:
             ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
             collapsed = finite(collapse(model, ids, t.batch_size, engine.args.bf16))
-        return on_first(lambda: _finish(recipe, out, model, tokens, losses, collapsed))
+        weights = engine.whole_weights()
+        return on_first(lambda: _finish(recipe, out, model, weights, tokens, losses, collapsed))
 
 
 def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
@@ -189,6 +192,7 @@ def _finish(
     recipe: Recipe,
     out: Path,
     model: SpanNormForCausalLM,
+    weights: dict[str, torch.Tensor],
     tokens: TokenData,
     losses: dict[str, float],
     collapsed: dict[str, Any] | None,
@@ -198,7 +202,7 @@ def _finish(
     if collapsed is not None:
         result["collapse"] = collapsed
     if not math.isnan(losses["validation"]):
-        model.save_pretrained(out / "model")
+        model.save_pretrained(out / "model", state_dict=weights)
         tokens.tokenizer().save_pretrained(out / "model")
     write_json(out / RESULT, result)
     return result
