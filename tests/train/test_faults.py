@@ -18,7 +18,7 @@ from processes_fixtures import start, torchrun, write_recipe
 from safetensors.torch import load_file
 
 from spannorm.errors import InputError
-from spannorm.train.checkpoints import SEAL, last_complete
+from spannorm.train.checkpoints import SEAL, last_complete, seal
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine
 from spannorm.train.recipe import Recipe
@@ -132,6 +132,34 @@ def test_where_every_checkpoint_is_damaged_the_run_is_not_begun_anew_in_silence(
     with pytest.raises(InputError, match=r"no checkpoint .* is sound: .*checkpoint-40/model.safetensors was altered"):
         train(often, out, data=tokens.directory)
     assert len(list(out.glob("checkpoint-*"))) == 2, "nothing was thrown away"
+
+
+class Evil:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_is_refused_and_never_run(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, name: str
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    shutil.rmtree(out / "checkpoint-40")
+    torch.save({"state": Evil(tmp_path / "ran")}, out / "checkpoint-38" / name)
+    seal(out / "checkpoint-38")
+    with pytest.raises(InputError, match=r"checkpoint-38 holds a pickle .* refused"):
+        train(often, out, data=tokens.directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_holds_no_pickle_that_nobody_reads(finished: Path) -> None:
+    left = {path.name for path in (finished / "checkpoint-40").iterdir() if path.suffix in (".pt", ".pth", ".bin")}
+    assert left == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}, "each is read with weights_only"
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:

@@ -119,3 +119,9 @@ def test_an_impossible_model_is_refused_before_any_data_is_read(model: dict, wor
 def test_the_written_record_is_plain_yaml() -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump({**recipe.to_dict(), "compare": {}}))).train == recipe.train
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/x", "..", "a/b", "", "."])
+def test_a_recipe_names_a_folder_below_runs_and_nowhere_else(name: str) -> None:
+    with pytest.raises(InputError, match="plain folder name"):
+        recipe_from_dict({"name": name})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,6 +36,7 @@ class Sealer(TrainerCallback):
 
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as complete: the size and SHA-256 of each of its files."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # Trainer's, a pickle that nobody reads
     write_json(checkpoint / SEAL, {"files": {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}})
 
 
@@ -93,6 +97,18 @@ def last_complete(folder: Path) -> Path | None:
             f"no checkpoint in {folder} is sound: {'; '.join(damaged.values())}. Delete them to begin anew."
         )
     return None
+
+
+@contextmanager
+def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
+    """Within the block, a file of the checkpoint that is more than tensors and numbers is an `InputError`."""
+    try:
+        yield
+    except UnpicklingError:
+        raise InputError(
+            f"{checkpoint} holds a pickle that is more than tensors and numbers. It could run code, so it is refused: "
+            "delete this checkpoint, and the run goes on from the one before."
+        ) from None
 
 
 def check_config(checkpoint: Path, config: SpanNormConfig) -> None:

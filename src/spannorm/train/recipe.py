@@ -241,6 +241,8 @@ def _words(kind: Any) -> str:
 
 def _check_ranges(recipe: Recipe) -> None:
     t, d = recipe.train, recipe.data
+    if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:  # a folder below runs/, and nowhere else
+        raise InputError(f"name must be a plain folder name, neither a path nor '..'; got {recipe.name!r}.")
     positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
     positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
     not_negative = ["warmup_steps", "weight_decay", "clip_norm", "threads", "seed"]
