@@ -235,7 +235,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
-    recipe: Recipe, tokens: TokenData, tmp_path: Path, processes: int
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, processes: int
 ) -> None:
     out = tmp_path / "run"
     process = start(processes, *program(recipe, tokens, out))
@@ -251,6 +251,8 @@ def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
     assert checkpoint is not None and int(checkpoint.name[11:]) == len(records(out)), "no step is lost"
     assert torchrun(processes, *program(recipe, tokens, out)).returncode == 0
     assert len(records(out)) == recipe.train.steps
+    if processes == 1:
+        assert_same_run(out, finished)
 
 
 @pytest.mark.slow

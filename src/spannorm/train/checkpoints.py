@@ -53,8 +53,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def damage(checkpoint: Path) -> str | None:
     """What has happened to a sealed checkpoint since, naming the file; None where nothing has."""
     try:
-        sealed = dict(read_json(checkpoint / SEAL)["files"])
-    except (InputError, KeyError, TypeError, ValueError):
+        sealed = {name: (file["bytes"], file["sha256"]) for name, file in read_json(checkpoint / SEAL)["files"].items()}
+    except (InputError, KeyError, TypeError, AttributeError):
         return f"{checkpoint / SEAL} is not readable"
     for name in sorted({*sealed, *files_of(checkpoint)}):
         path = checkpoint / name
@@ -63,9 +63,11 @@ def damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         here = fingerprint(path)
-        if here != sealed[name]:
-            size = sealed[name]["bytes"]
-            return f"{path} " + ("was altered" if here["bytes"] == size else f"holds {here['bytes']} of {size} bytes")
+        size, digest = sealed[name]
+        if here["bytes"] != size:
+            return f"{path} holds {here['bytes']} of {size} bytes"
+        if here["sha256"] != digest:
+            return f"{path} was altered"
     return None
 
 
