@@ -144,7 +144,11 @@ def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> Recipe:
         key, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--set takes key=value, such as train.steps=100; {item!r} has no '='.")
-        set_key(raw, key.strip(), yaml.safe_load(value))
+        try:
+            set_key(raw, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            words = " ".join(str(error).split())
+            raise InputError(f"--set {item!r}: the value is not readable as YAML ({words}).") from None
     return recipe_from_dict(raw)
 
 
