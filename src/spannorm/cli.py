@@ -54,6 +54,7 @@ def train(
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Train one model. Run again with the same folder, it goes on from the last checkpoint."""
+    from spannorm.train.processes import leave
     from spannorm.train.recipe import load_recipe
     from spannorm.train.run import train
     from spannorm.train.watch import train_and_show
@@ -64,6 +65,7 @@ def train(
     result = (
         train(loaded, folder, data=data, stop_with_parent=True) if worker else train_and_show(loaded, folder, data=data)
     )
+    leave()
     if result["status"] == "failed":
         sys.exit(1)
 

@@ -18,7 +18,7 @@ from processes_fixtures import start, torchrun, write_recipe
 from safetensors.torch import load_file
 
 from spannorm.errors import InputError
-from spannorm.train.checkpoints import SEAL, last_complete
+from spannorm.train.checkpoints import SEAL, last_complete, seal
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine
 from spannorm.train.recipe import Recipe
@@ -134,6 +134,34 @@ def test_where_every_checkpoint_is_damaged_the_run_is_not_begun_anew_in_silence(
     assert len(list(out.glob("checkpoint-*"))) == 2, "nothing was thrown away"
 
 
+class Evil:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_is_refused_and_never_run(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, name: str
+) -> None:
+    out = half_done(finished, tmp_path / "run")
+    shutil.rmtree(out / "checkpoint-40")
+    torch.save({"state": Evil(tmp_path / "ran")}, out / "checkpoint-38" / name)
+    seal(out / "checkpoint-38")
+    with pytest.raises(InputError, match=r"checkpoint-38 holds a pickle .* refused"):
+        train(often, out, data=tokens.directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_holds_no_pickle_that_nobody_reads(finished: Path) -> None:
+    left = {path.name for path in (finished / "checkpoint-40").iterdir() if path.suffix in (".pt", ".pth", ".bin")}
+    assert left == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}, "each is read with weights_only"
+
+
 def broken_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The batches of these optimizer steps give a loss that is not a number."""
     sound = Engine.compute_loss
@@ -207,7 +235,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
-    recipe: Recipe, tokens: TokenData, tmp_path: Path, processes: int
+    recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, processes: int
 ) -> None:
     out = tmp_path / "run"
     process = start(processes, *program(recipe, tokens, out))
@@ -223,6 +251,8 @@ def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
     assert checkpoint is not None and int(checkpoint.name[11:]) == len(records(out)), "no step is lost"
     assert torchrun(processes, *program(recipe, tokens, out)).returncode == 0
     assert len(records(out)) == recipe.train.steps
+    if processes == 1:
+        assert_same_run(out, finished)
 
 
 @pytest.mark.slow

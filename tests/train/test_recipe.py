@@ -35,12 +35,6 @@ def test_the_zoo_holds_every_placement_in_both_tables_each_by_its_own_recipe() -
         assert arm.get("model.base_init", "fan_in") == asked
 
 
-def test_an_override_reaches_the_grids_dotted_keys(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.yaml", "compare: {grid: {train.seed: [0]}, arms: [{}]}")
-    recipe = load_recipe(path, ["compare.grid.train.seed=[1, 2]", "compare.grid.model.qk_norm=[true]"])
-    assert dict(recipe.compare.grid) == {"train.seed": (1, 2), "model.qk_norm": (True,)}
-
-
 def test_a_number_written_as_yaml_1_1_text_is_a_number(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "r.yaml", "train: {learning_rate: 6e-3}"))
     assert recipe.train.learning_rate == 0.006
@@ -139,3 +133,9 @@ def test_a_value_of_the_grid_may_be_a_mapping_and_the_protocol_is_checked(tmp_pa
     assert recipe_from_dict(recipe.to_dict()) == recipe
     with pytest.raises(InputError, match=r"compare\.protocol\.extensions must not be negative"):
         load_recipe(tmp_path / "r.yaml", ["compare.protocol.extensions=-1"])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/x", "..", "a/b", "", "."])
+def test_a_recipe_names_a_folder_below_runs_and_nowhere_else(name: str) -> None:
+    with pytest.raises(InputError, match="plain folder name"):
+        recipe_from_dict({"name": name})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from spannorm.train.processes import leave
 from spannorm.train.recipe import load_recipe
 from spannorm.train.run import train
 
@@ -16,4 +17,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for recipe, out in json.loads(Path(sys.argv[1]).read_text()):
         train(load_recipe(recipe), Path(out), data=Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()
+    leave()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,6 +36,7 @@ class Sealer(TrainerCallback):
 
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as complete: the size and SHA-256 of each of its files."""
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # Trainer's, a pickle that nobody reads
     write_json(checkpoint / SEAL, {"files": {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}})
 
 
@@ -49,8 +53,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def damage(checkpoint: Path) -> str | None:
     """What has happened to a sealed checkpoint since, naming the file; None where nothing has."""
     try:
-        sealed = dict(read_json(checkpoint / SEAL)["files"])
-    except (InputError, KeyError, TypeError, ValueError):
+        sealed = {name: (file["bytes"], file["sha256"]) for name, file in read_json(checkpoint / SEAL)["files"].items()}
+    except (InputError, KeyError, TypeError, AttributeError):
         return f"{checkpoint / SEAL} is not readable"
     for name in sorted({*sealed, *files_of(checkpoint)}):
         path = checkpoint / name
@@ -59,9 +63,11 @@ def damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         here = fingerprint(path)
-        if here != sealed[name]:
-            size = sealed[name]["bytes"]
-            return f"{path} " + ("was altered" if here["bytes"] == size else f"holds {here['bytes']} of {size} bytes")
+        size, digest = sealed[name]
+        if here["bytes"] != size:
+            return f"{path} holds {here['bytes']} of {size} bytes"
+        if here["sha256"] != digest:
+            return f"{path} was altered"
     return None
 
 
@@ -93,6 +99,18 @@ def last_complete(folder: Path) -> Path | None:
             f"no checkpoint in {folder} is sound: {'; '.join(damaged.values())}. Delete them to begin anew."
         )
     return None
+
+
+@contextmanager
+def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
+    """Within the block, a file of the checkpoint that is more than tensors and numbers is an `InputError`."""
+    try:
+        yield
+    except UnpicklingError:
+        raise InputError(
+            f"{checkpoint} holds a pickle that is more than tensors and numbers. It could run code, so it is refused: "
+            "delete this checkpoint, and the run goes on from the one before."
+        ) from None
 
 
 def check_config(checkpoint: Path, config: SpanNormConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ T = TypeVar("T")
 def join() -> None:
     """Meet the other processes of this run, if torchrun started any: over NCCL on GPUs, over gloo on CPUs."""
     _state()
+
+
+def leave() -> None:
+    """Part from the other processes; else the interpreter may end while threads of theirs still run, and abort."""
+    if distributed.is_initialized():
+        gc.collect()  # models in shards hold the group
+        wait_for_all()
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -169,7 +169,11 @@ def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> Recipe:
         key, equals, value = item.partition("=")
         if not equals:
             raise InputError(f"--set takes key=value, such as train.steps=100; {item!r} has no '='.")
-        set_key(raw, key.strip(), yaml.safe_load(value))
+        try:
+            set_key(raw, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            words = " ".join(str(error).split())
+            raise InputError(f"--set {item!r}: the value is not readable as YAML ({words}).") from None
     return recipe_from_dict(raw)
 
 
@@ -264,6 +268,8 @@ def _words(kind: Any) -> str:
 
 def _check_ranges(recipe: Recipe) -> None:
     t, d = recipe.train, recipe.data
+    if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:  # a folder below runs/, and nowhere else
+        raise InputError(f"name must be a plain folder name, neither a path nor '..'; got {recipe.name!r}.")
     positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
     positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
     not_negative = ["warmup_steps", "weight_decay", "clip_norm", "loss_chunk", "threads", "seed"]

@@ -34,7 +34,7 @@ from spannorm.files import alone_in, finite, make_folder, read_json, write_json,
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
 from spannorm.routing import RoutingMeter
-from spannorm.train.checkpoints import Sealer, check_config, last_complete
+from spannorm.train.checkpoints import Sealer, check_config, last_complete, refusing_pickles
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, passes, uses_bf16
@@ -157,7 +157,7 @@ def _train(
         engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
     engine.remove_callback(PrinterCallback)
     with writing_to(out), noticing_loss():
-        with recorder.catching_signals():
+        with recorder.catching_signals(), refusing_pickles(checkpoint):
             engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if recorder.stop_requested and engine.state.global_step < t.steps:
             code = 130 if recorder.stopped_by == signal.SIGINT else 75
