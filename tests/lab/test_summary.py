@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from lab_files import comparison, played
 
+from spannorm.lab.arms import looks
+from spannorm.lab.conditions import draw_tolerances
 from spannorm.lab.plan import Job
 from spannorm.lab.report import draw_report
 from spannorm.lab.summary import Race, summarize, verdict_lines
@@ -153,3 +155,11 @@ def test_tolerances_are_geometric_means_over_the_seeds_that_learned() -> None:
     assert span.rate() is None and "not reached with 1 of 2 seeds" in span.words
     assert post.words == "never learned" and post.unlearned == 2
     assert tolerance_lines([pre])[0] == "pre none: 2.00e-03 (1.00e-03–4.00e-03) at 8 blocks."
+
+
+def test_an_arm_whose_rule_has_its_placements_name_is_drawn() -> None:
+    found = tolerances([ramp(arm, 0, 1e-3) for arm in ("deepnorm deepnorm", "keel none")])
+    look = looks([(t.placement, t.arm.split()[1]) for t in found])
+    (drawing,) = draw_tolerances(found, look, 5e-2)
+    curves = [line for line in drawing.figure.axes[0].lines if list(line.get_ydata()) == [1e-3]]
+    assert len(curves) == 2, "one each"

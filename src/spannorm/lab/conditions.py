@@ -119,12 +119,12 @@ def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float
     return [float(x) for x, _ in points], [float(y) for _, y in points]
 
 
-def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[str, Look], peak: float) -> list[Drawing]:
+def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], Look], peak: float) -> list[Drawing]:
     """The largest tolerable learning rate against the conditions' first number, in the order of the conditions."""
     key = next(iter(_axes([t.cell for t in found])), None)
     known = sorted({t.cell[key] for t in found}) if key else [0]
-    arms = [Arm(t.placement, t.arm.partition(" ")[2], looks[t.arm], [], None, []) for t in found]
-    arms = list({arm.label: arm for arm in arms}.values())[:MAX_ARMS]
+    keys = list(dict.fromkeys((t.placement, t.arm.partition(" ")[2]) for t in found))[:MAX_ARMS]
+    arms = [Arm(*key, looks[key], [], None, []) for key in keys]
     fig, (ax,), label = panels(1, arms)
     ax.set_yscale("log")
     rates = [rate for t in found for share in SHARES if (rate := t.rate(share))]
@@ -134,7 +134,8 @@ def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[str, Look], peak:
     for i, arm in enumerate(arms):
         shift = 1 + 0.012 * (i - len(arms) / 2) if key else 1 + 0.03 * (i - len(arms) / 2)
         points = []
-        for t in sorted((t for t in found if t.arm == arm.label), key=lambda t: t.cell[key] if key else 0):
+        mine = [t for t in found if t.arm == f"{arm.placement} {arm.variant}"]
+        for t in sorted(mine, key=lambda t: t.cell[key] if key else 0):
             x, rate = (t.cell[key] if key else 1) * shift, t.rate()
             if not t.rates[f"{SHARE:g}"]:
                 ax.plot(x, low, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False)

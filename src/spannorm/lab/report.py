@@ -141,8 +141,7 @@ def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Dra
 def _tolerance_figures(
     found: Sequence[Tolerance], look: Mapping[tuple[str, str], Look], results: Mapping[str, Any]
 ) -> list[Drawing]:
-    by_arm = {" ".join(dict.fromkeys(key)): its for key, its in look.items()}
-    return draw_tolerances(found, by_arm, float(results["recipe"]["train"]["learning_rate"]))
+    return draw_tolerances(found, look, float(results["recipe"]["train"]["learning_rate"]))
 
 
 def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) -> Section:
