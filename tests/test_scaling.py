@@ -13,7 +13,7 @@ from spannorm.scaling import BASE_INITS, ROLES, base_std, cut_std, depth_rule, d
 
 # Written out a second time, by hand: the grammar's factors as exponent and multiple of L.
 FACTORS = {"1/sqrt(L)": (1, 0.5), "1/sqrt(2L)": (2, 0.5), "1/L": (1, 1.0)}
-GRAMMAR = [f + b + w for f in FACTORS for b in ("", ":ffn") for w in ("", ":forward", ":init+lr")]
+GRAMMAR = [f + b + w for f in FACTORS for b in ("", ":ffn") for w in ("", ":forward", ":init+lr", ":forward+lr")]
 NAMED = ["none", "deepnorm", "subln", "rezero", "layerscale"]
 BODY = {"v", "attn_out", "ffn_gate", "ffn_up", "ffn_down"}
 
@@ -43,14 +43,16 @@ def test_a_rule_records_its_name(name):
 def test_a_factor_lands_where_the_suffix_says_and_nowhere_else(name, depth):
     rule, c = depth_rule(name, depth), expected_factor(name, depth)
     forward, twin, ffn_only = ":forward" in name, ":init+lr" in name, ":ffn" in name
-    attn = 1.0 if ffn_only else c
+    slowed, attn = name.endswith(":forward+lr"), 1.0 if ffn_only else c
+    slow = dict.fromkeys(("q", "k", "v", "attn_out"), attn) | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), c)
 
     assert rule.ffn_forward == pytest.approx(c if forward else 1.0, rel=1e-12)
     assert rule.attn_forward == pytest.approx(attn if forward else 1.0, rel=1e-12)
     for role in ROLES:
         at_init = {"attn_out": attn, "ffn_down": c}.get(role, 1.0)
         assert effective(rule.init, role) == pytest.approx(1.0 if forward else at_init, rel=1e-12)
-        assert effective(rule.learning_rate, role) == pytest.approx(at_init if twin else 1.0, rel=1e-12)
+        rate = at_init if twin else slow.get(role, 1.0) if slowed else 1.0
+        assert effective(rule.learning_rate, role) == pytest.approx(rate, rel=1e-12)
     assert rule.learned == ""
 
 

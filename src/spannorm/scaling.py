@@ -27,6 +27,12 @@ ROLES: tuple[Role, ...] = get_args(Role)
 OUTPUTS: Mapping[str, Role] = {"attn": "attn_out", "ffn": "ffn_down"}
 """The matrix that writes each branch's output."""
 
+MATRICES: Mapping[str, tuple[Role, ...]] = {
+    "attn": ("q", "k", "v", "attn_out"),
+    "ffn": ("ffn_gate", "ffn_up", "ffn_down"),
+}
+"""Every matrix of each branch, the output's last."""
+
 _FACTORS = {
     "none": lambda L: 1.0,
     "1/sqrt(L)": lambda L: L**-0.5,
@@ -34,7 +40,7 @@ _FACTORS = {
     "1/L": lambda L: 1.0 / L,
 }
 _NAMED = ("deepnorm", "subln", "rezero", "layerscale")
-_WHERE = ("forward", "init+lr")
+_WHERE = ("forward", "init+lr", "forward+lr")
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ def depth_rule(name: str, num_layers: int) -> DepthRule:
 
     Args:
         name: `none`, `1/sqrt(L)`, `1/sqrt(2L)` or `1/L`, then optionally `:ffn` (the FFN branch only), then
-            optionally `:forward` or `:init+lr` (nothing means: in the init); or one of
+            optionally `:forward`, `:init+lr` (its twin under Adam) or `:forward+lr` (a forward factor, and the learning
+            rate of every matrix of the branch × the same factor: with 1/sqrt(L) Depth-μP's, arXiv 2310.02244);
+            nothing means in the init. Or one of
 
             - `deepnorm` (arXiv 2203.00555): std × β = (8L)^-1/4 on V, attention-out and the FFN matrices
               (the gate too, for gated FFNs: our reading);
@@ -97,8 +105,10 @@ def depth_rule(name: str, num_layers: int) -> DepthRule:
         raise unknown("depth rule", name, depth_rule_names())
     factor = _FACTORS[factor_name](num_layers)
     branches = ("ffn",) if ffn_only else ("attn", "ffn")
-    if where == ["forward"]:
-        return DepthRule(name, ffn_forward=factor, attn_forward=1.0 if ffn_only else factor)
+    if where in (["forward"], ["forward+lr"]):
+        slowed = [role for branch in branches for role in MATRICES[branch]] if where == ["forward+lr"] else []
+        attn = 1.0 if ffn_only else factor
+        return DepthRule(name, learning_rate=dict.fromkeys(slowed, factor), ffn_forward=factor, attn_forward=attn)
     outputs = {OUTPUTS[branch]: factor for branch in branches if factor != 1.0}
     return DepthRule(name, init=outputs, learning_rate=outputs if where == ["init+lr"] else {})
 
@@ -106,7 +116,8 @@ def depth_rule(name: str, num_layers: int) -> DepthRule:
 def depth_rule_names() -> list[str]:
     """Every name that `depth_rule` takes."""
     factors = [name for name in _FACTORS if name != "none"]
-    grammar = [f + branch + where for f in factors for branch in ("", ":ffn") for where in ("", ":forward", ":init+lr")]
+    wheres = ["", *(f":{where}" for where in _WHERE)]
+    grammar = [f + branch + where for f in factors for branch in ("", ":ffn") for where in wheres]
     return ["none", *grammar, *_NAMED]
 
 

@@ -282,8 +282,10 @@ def test_a_depth_rule_reaches_every_expert_and_the_shared_one_and_leaves_the_rou
         for g in parameter_groups(model, learning_rate=0.01, weight_decay=0.1)
         for p in g["params"]
     }
-    c = written if rule.endswith(":init+lr") else 1.0
-    for name, factor in (("experts.down_proj", c), ("experts.gate_up_proj", 1.0), ("gate.weight", 1.0)):
+    slow = {"1/sqrt(L)": depth**-0.5, "1/sqrt(2L)": (2 * depth) ** -0.5, "1/L": 1 / depth}.get(word, 1.0)
+    down_rate = slow if rule.endswith("+lr") else 1.0
+    up_rate = slow if rule.endswith(":forward+lr") else 1.0
+    for name, factor in (("experts.down_proj", down_rate), ("experts.gate_up_proj", up_rate), ("gate.weight", 1.0)):
         assert rates[id(model.get_parameter(f"{at}.{name}"))] == pytest.approx((0.01 * factor, 0.1 / factor)), name
 
 
