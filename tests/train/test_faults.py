@@ -21,8 +21,9 @@ from spannorm.errors import InputError
 from spannorm.train.checkpoints import SEAL, last_complete, seal
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine
-from spannorm.train.recipe import Recipe
+from spannorm.train.recipe import Recipe, recipe_from_dict
 from spannorm.train.run import train
+from spannorm.train.sequences import TrainingSequences, Windows
 
 
 def records(out: Path) -> list[dict]:
@@ -273,3 +274,101 @@ def test_the_kill_of_one_process_ends_all_and_the_run_goes_on(
         assert len(records(out)) - int(last_complete(out).name[11:] if last_complete(out) else 0) <= 11
     assert torchrun(2, *program(recipe, tokens, out)).returncode == 0
     assert_same_run(out, uninterrupted)
+
+
+SPIKE = 150
+"""Past the 128 steps that a spike is held against."""
+
+
+@pytest.fixture(scope="module")
+def long(recipe: Recipe) -> Recipe:
+    train = replace(recipe.train, steps=160, checkpoint_every=20, probe_every=99, on_spike="rollback")
+    return replace(recipe, train=train)
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, tokens: TokenData, *steps: int) -> None:
+    """The sequences that these steps would read hold noise instead of text, whenever they are read."""
+    t = recipe.train
+    per_step = t.batch_size * t.accumulation
+    drawn: list[int] = []
+    sound = Windows.__getitem__
+    with monkeypatch.context() as watched:
+        watched.setattr(Windows, "__getitem__", lambda self, index: drawn.append(index))
+        sequences = TrainingSequences(tokens, t.sequence_length, 10 * t.steps * per_step, t.seed)
+        for step in steps:
+            for item in range((step - 1) * per_step, step * per_step):
+                sequences[item]
+
+    def noisy(self: Windows, index: int) -> dict[str, torch.Tensor]:
+        if self.split != "train" or index not in drawn:
+            return sound(self, index)
+        draw = torch.Generator().manual_seed(index)
+        ids = torch.randint(128, 256, (self.sequence_length,), generator=draw)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    monkeypatch.setattr(Windows, "__getitem__", noisy)
+
+
+def test_a_spike_is_rolled_back_and_its_sequences_left_out(
+    long: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    poisoned(monkeypatch, long, tokens, SPIKE)
+    kept = train(replace(long, train=replace(long.train, on_spike="keep")), tmp_path / "kept", data=tokens.directory)
+    assert kept["spikes"] and kept["rollbacks"] == []
+    with caplog.at_level(logging.WARNING, "spannorm"):
+        result = train(long, tmp_path / "run", data=tokens.directory)
+    spike = records(tmp_path / "kept")[SPIKE - 1]["loss"]
+    assert result["rollbacks"] == [{"step": SPIKE, "to": 140, "loss": spike}]
+    assert (result["spikes"], result["steps_done"]) == (0, 160) and f"step {SPIKE}: the loss spikes" in caplog.text
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 161))
+    assert records(tmp_path / "run")[:140] == records(tmp_path / "kept")[:140]
+
+    # Uninterrupted, on data whose steps 141 to 150 were never there.
+    monkeypatch.undo()
+    there = TrainingSequences.__getitem__
+    per_step = long.train.batch_size * long.train.accumulation
+
+    def without(self: TrainingSequences, item: int) -> dict[str, torch.Tensor]:
+        self.count = 10**6
+        return there(self, item if item < 140 * per_step else item + 10 * per_step)
+
+    monkeypatch.setattr(TrainingSequences, "__getitem__", without)
+    train(long, tmp_path / "never", data=tokens.directory)
+    assert_same_run(tmp_path / "run", tmp_path / "never")
+
+
+@pytest.mark.parametrize("again", [2, pytest.param(9, marks=pytest.mark.slow)])
+def test_after_a_rollback_a_killed_run_goes_on_as_if_it_had_not_been(
+    long: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: int
+) -> None:
+    # the second spike comes on what the first rollback moved forward
+    poisoned(monkeypatch, long, tokens, SPIKE, SPIKE + 10 + 4)
+    result = train(long, tmp_path / "whole", data=tokens.directory)
+    assert [(r["step"], r["to"]) for r in result["rollbacks"]] == [(150, 140), (154, 140)]
+    out, draw = tmp_path / "run", random.Random(3)
+    for _ in range(again):
+        pid = child(lambda: train(long, out, data=tokens.directory))
+        at = draw.randrange(130, 159)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (out / "result.json").exists():
+            if (out / "records.jsonl").exists() and len(records(out)) >= at:
+                break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    train(long, out, data=tokens.directory)
+    assert_same_run(out, tmp_path / "whole")
+    assert (out / "rollbacks.jsonl").read_text() == (tmp_path / "whole" / "rollbacks.jsonl").read_text()
+
+
+def test_where_other_data_spike_too_the_run_goes_on_after_three_attempts(
+    long: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, long, tokens, *range(SPIKE, SPIKE + 40))
+    result = train(long, tmp_path / "run", data=tokens.directory)
+    assert [(r["step"], r["to"]) for r in result["rollbacks"]] == [(150, 140), (141, 140), (141, 140)]
+    assert result["spikes"] and result["steps_done"] == 160
+
+
+def test_a_ramp_is_not_rolled_back() -> None:
+    with pytest.raises(InputError, match=r"ramp looks for the rate .* train.on_spike at keep"):
+        recipe_from_dict({"train": {"schedule": "ramp", "on_spike": "rollback"}})

@@ -85,6 +85,9 @@ class TrainRecipe:
     on_nan: str = "stop"
     """A step whose loss or gradient is not finite: `stop` ends the run as failed, `skip` leaves the weights as they
     were and goes on (at most 8 in a row)."""
+    on_spike: str = "keep"
+    """A step whose loss spikes: `keep` it, or `rollback` to the last checkpoint before it and go on without the
+    sequences in between (at most 3 times to one checkpoint)."""
     evaluation_sequences: int = 64
     """Sequences of the validation (and of the test) split that measure the final loss."""
     checkpoint_every: int = 100
@@ -295,6 +298,10 @@ def _check_ranges(recipe: Recipe) -> None:
         raise InputError(
             "train.optimizer muon needs whole matrices, which train.parallel fsdp shards: use adamw or ddp."
         )
+    if t.schedule == "ramp" and t.on_spike == "rollback":
+        raise InputError(
+            "train.schedule ramp looks for the rate at which training breaks: leave train.on_spike at keep."
+        )
     for name, value, known in [
         ("train.optimizer", t.optimizer, OPTIMIZERS),
         ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
@@ -302,6 +309,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("train.kernels", t.kernels, KERNELS),
         ("train.parallel", t.parallel, ("ddp", "fsdp")),
         ("train.on_nan", t.on_nan, ("stop", "skip")),
+        ("train.on_spike", t.on_spike, ("keep", "rollback")),
     ]:
         if value not in known:
             raise unknown(name, value, known)

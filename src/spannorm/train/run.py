@@ -5,6 +5,7 @@ A run's folder:
     run.json        the resolved recipe, the model's full configuration, versions, machine, data hash
     records.jsonl   every optimizer step            (see recorder.py)
     probes.jsonl    signal, gradient, correlation, rank by layer
+    rollbacks.jsonl where a spike led back          (see rollback.py)
     checkpoint-N/   the last two, complete or ignored (see checkpoints.py)
     model/          the trained model with its tokenizer, for `from_pretrained`
     tensorboard/    for `tensorboard --logdir`
@@ -30,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from spannorm import kernels
 from spannorm.errors import InputError, Stopped, unknown
-from spannorm.files import alone_in, finite, make_folder, read_json, write_json, writing_to
+from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
 from spannorm.routing import RoutingMeter
@@ -41,6 +42,7 @@ from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, RampEnd, Recorder
+from spannorm.train.rollback import ROLLBACKS, SpikeGuard
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
@@ -109,7 +111,9 @@ def train(
     with ExitStack() as held:
         # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
         begun, result = on_first(lambda: _enter(held, recipe, out, wait=60.0 if stop_with_parent else 0.0))
-        return result or _train(recipe, out, data, on_step, stop_with_parent, begun)
+        while result is None:
+            result, begun = _train(recipe, out, data, on_step, stop_with_parent, begun), True
+        return result
 
 
 def _enter(held: ExitStack, recipe: Recipe, out: Path, wait: float) -> tuple[bool, dict[str, Any] | None]:
@@ -126,7 +130,8 @@ def _train(
     on_step: Callable[[dict[str, Any]], None],
     stop_with_parent: bool,
     begun: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """Train to the end and return the result, or None after a rollback: then go on."""
     quiet()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -134,7 +139,9 @@ def _train(
     tokens = on_first(lambda: prepare_data(recipe.data, data or out / "data"))
     config = model_config(recipe, tokens)
     t = recipe.train
-    sequences = TrainingSequences(tokens, t.sequence_length, t.steps * t.batch_size * t.accumulation, t.seed)
+    per_step = t.batch_size * t.accumulation
+    left_out = [(r["to"] * per_step, r["step"] * per_step) for r in on_first(lambda: read_jsonl(out / ROLLBACKS))]
+    sequences = TrainingSequences(tokens, t.sequence_length, t.steps * per_step, t.seed, left_out)
     held_out = {
         split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)
         for split in ("validation", "test")
@@ -155,6 +162,9 @@ def _train(
     )  # fmt: skip
     if t.schedule == "ramp":
         engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
+    guard = SpikeGuard(out)
+    if t.on_spike == "rollback":
+        engine.add_callback(guard)
     engine.remove_callback(PrinterCallback)
     with writing_to(out), noticing_loss():
         with recorder.catching_signals(), refusing_pickles(checkpoint):
@@ -162,6 +172,8 @@ def _train(
         if recorder.stop_requested and engine.state.global_step < t.steps:
             code = 130 if recorder.stopped_by == signal.SIGINT else 75
             raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved", code)
+        if guard.rolled_back:
+            return None
         losses = {
             split: math.nan if recorder.diverged else engine.mean_loss(held_out[split], split) for split in held_out
         }

@@ -56,11 +56,17 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
     The windows of the training split (see `Windows`, also for the items and for how documents are packed)
     are visited epoch after epoch, each time in another order. The order is drawn from (`seed`, epoch) alone,
     so a run may resume at any item at once, and it does not change with NumPy's version.
+
+    Args:
+        left_out: stretches (from, to) of items that a rollback left out, in the order of the rollbacks: as from each,
+            items are taken from where it ended.
     """
 
-    def __init__(self, data: TokenData, sequence_length: int, count: int, seed: int) -> None:
+    def __init__(
+        self, data: TokenData, sequence_length: int, count: int, seed: int, left_out: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.windows = Windows(data, "train", sequence_length)
-        self.count, self.seed = count, seed
+        self.count, self.seed, self.left_out = count, seed, left_out
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -69,6 +75,9 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(index)
+        for start, end in reversed(self.left_out):
+            if index >= start:
+                index += end - start
         epoch, place = divmod(index, len(self.windows))
         if epoch != self._epoch:
             draw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.windows))

@@ -19,6 +19,7 @@ from spannorm.train.health import failure, spike_steps
 from spannorm.train.ramp import tolerated
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import PROBES, RECORDS
+from spannorm.train.rollback import ROLLBACKS
 
 
 def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def summarize(
         "unigram_loss": unigram,
         "initial_loss": probes[0]["loss"],
         "skipped_steps": skipped,
+        "rollbacks": read_jsonl(out / ROLLBACKS),
         "spikes": len(spiked),
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),
