@@ -17,13 +17,13 @@ STAMP := $(VENV)/.installed
 .PHONY: install demo test test-slow check lint docs bench clean
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "spannorm needs Python 3.11 or newer; try make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet "$(TORCH)" --index-url $(TORCH_INDEX)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: install

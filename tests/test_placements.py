@@ -39,7 +39,7 @@ class Reference:
             self.leaf(f"{name}.weight", WIDTH)
             if norm == "layernorm":
                 self.leaf(f"{name}.bias", WIDTH)
-        self.ca, self.cf = FORWARD.get(rule, (1.0, 1.0))
+        self.ca, self.cf = FORWARD.get(rule.removesuffix("+lr"), (1.0, 1.0))  # +lr slows the steps alone
         if learned:
             shape = () if learned == "scalar" else (WIDTH,)
             self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)

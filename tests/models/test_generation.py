@@ -8,6 +8,7 @@ from arms import DEFAULT_RULE, FULL
 from transformers import DynamicCache
 
 from spannorm.models import SpanNormForCausalLM
+from spannorm.models.modeling import CACHE
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -30,10 +31,10 @@ def prompt(length: int = 7) -> torch.Tensor:
 def test_logits_with_a_cache_are_the_logits_without(model):
     x = prompt(10)
     full = model(x, use_cache=False)
-    assert full.past_key_values is None
+    assert getattr(full, CACHE) is None
     cache = DynamicCache(config=model.config)
     steps = [model(x[:, :4], past_key_values=cache, use_cache=True).logits]
-    steps += [model(x[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(4, 10)]
+    steps += [model(x[:, t : t + 1], cache=cache, use_cache=True).logits for t in range(4, 10)]
     assert cache.get_seq_length() == 10
     torch.testing.assert_close(torch.cat(steps, dim=1), full.logits, **EXACT)
 

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from zoo_equations import EQUATIONS
 
 import spannorm
+from spannorm.models.modeling import CACHE
 from spannorm.placements import PLACEMENTS
 from spannorm.rewiring import FAMILIES as ROWS
 
@@ -124,7 +125,7 @@ def test_each_block_is_the_equation_around_the_familys_own_sublayers(family, pla
         for b, layer in enumerate(layers):
             (x, *rest), kwargs, actual = seen[b]
             if rest:  # GPT-2 hands its layers the cache, the mask and the encoder's states by position
-                kwargs = kwargs | dict(past_key_values=rest[0], attention_mask=rest[1])
+                kwargs = kwargs | {CACHE: rest[0], "attention_mask": rest[1]}
             sublayers = layer if inner else own[b]
             factor = 0.22 if family == "granite" else 1.0
 

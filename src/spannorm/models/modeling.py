@@ -28,6 +28,9 @@ from spannorm.norms import build_norm
 from spannorm.routing import auxiliary_losses
 from spannorm.shapes import Stream
 
+# Transformers said `past_key_values` up to 5.23 and says `cache` since: the name its layers and outputs know it by.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class SpanNormDecoderLayer(GradientCheckpointingLayer):
     """One block: a placement around attention and feed-forward. It knows neither which placement nor which FFN."""
@@ -51,7 +54,7 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpanNormDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -153,12 +156,16 @@ class SpanNormModel(SpanNormPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden)."""
+        """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden).
+
+        `past_key_values` is the older name of `cache`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -166,18 +173,18 @@ class SpanNormModel(SpanNormPreTrainedModel):
         multiplier = self.config.embedding_multiplier
         if multiplier is not None and multiplier != 1.0:
             inputs_embeds = inputs_embeds * multiplier
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is None:
+            cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         hidden_states = self.embedding_norm(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -187,11 +194,11 @@ class SpanNormModel(SpanNormPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 @dataclass
@@ -225,13 +232,14 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         loss_chunk: int = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SpanNormOutput:
         """Logits (batch, seq, vocab), and with `labels` (batch, seq; shifted inside, -100 ignored) the mean
@@ -249,7 +257,7 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=balanced or output_router_logits or False,
@@ -273,10 +281,10 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             z_loss=z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _chunked_loss(
