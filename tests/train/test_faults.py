@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -256,24 +258,104 @@ def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
         assert_same_run(out, finished)
 
 
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def together(
+    request: pytest.FixtureRequest, often: Recipe, tokens: TokenData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    """A recipe for two processes, and its run that nothing interrupted."""
+    recipe = replace(often, train=replace(often.train, parallel=request.param))
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    ran = torchrun(2, *program(recipe, tokens, out))
+    assert ran.returncode == 0, ran.stderr
+    return recipe, out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_kill_of_one_process_ends_all_and_the_run_goes_on(
-    recipe: Recipe, tokens: TokenData, tmp_path: Path, victim: int
+def test_of_several_processes_any_may_be_killed_at_any_moment(
+    together: tuple[Recipe, Path], tokens: TokenData, tmp_path: Path
 ) -> None:
-    uninterrupted, out = tmp_path / "whole", tmp_path / "run"
-    assert torchrun(2, *program(recipe, tokens, uninterrupted)).returncode == 0
-    for steps in (5, 17, 28):
+    recipe, uninterrupted = together
+    out, draw, inside = tmp_path / "run", random.Random(11), 0
+    for kill in range(20):
+        done = len(records(out)) if (out / "records.jsonl").exists() else 0
+        at = done + draw.randrange(1, 8)
         process = start(2, *program(recipe, tokens, out))
-        wait_for_steps(out, steps)
-        os.kill(ranks_of(process.pid)[victim], signal.SIGKILL)
+        wait_for_steps(out, min(at, recipe.train.steps))
+        until = time.monotonic() + 1
+        while kill % 2 and time.monotonic() < until and not unsealed(out):
+            pass  # every other kill falls inside a checkpoint's writing
+        ranks = ranks_of(process.pid)
+        victims = draw.choice([ranks[:1], ranks[1:], [process.pid, *ranks]])
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
+        inside += unsealed(out)
+        if (out / "result.json").exists():  # it was done before it was killed
+            shutil.rmtree(out)
+            continue
         assert process.returncode != 0
-        if victim == 1:
+        if victims == ranks[1:]:
             assert "another process of this run is gone" in stderr
-        assert len(records(out)) - int(last_complete(out).name[11:] if last_complete(out) else 0) <= 11
+        sound = last_complete(out)
+        assert len(records(out)) - (int(sound.name[11:]) if sound else 0) <= 3, "more than an interval is lost"
+    assert inside, "no kill fell inside a checkpoint"
     assert torchrun(2, *program(recipe, tokens, out)).returncode == 0
     assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["fsdp"], indirect=True)
+@pytest.mark.parametrize("harm", [flip_a_bit, cut], ids=["flipped", "cut"])
+def test_a_damaged_shard_is_named_and_the_last_sound_checkpoint_used(
+    together: tuple[Recipe, Path], tokens: TokenData, tmp_path: Path, harm
+) -> None:
+    recipe, uninterrupted = together
+    out = half_done(uninterrupted, tmp_path / "run")
+    shard = max((out / "checkpoint-40" / "shards").glob("*.safetensors"))
+    harm(shard)
+    ran = torchrun(2, *program(recipe, tokens, out))
+    assert ran.returncode == 0 and str(shard) in ran.stderr and "going on from checkpoint-38" in ran.stderr
+    assert_same_run(out, uninterrupted)
+
+
+ON_A_SMALL_DISK = """
+disk=$1 room=$2 small=$3 large=$4; shift 4
+mount -t tmpfs -o size=$room none $disk || exit 77
+"$@"; echo $?
+cp -r $disk/run $small
+mount -o remount,size=100m $disk
+"$@"; echo $?
+cp -r $disk/run $large
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [0.4, 1.2, 1.5, 1.9, 2.4])
+def test_on_a_full_disk_a_run_ends_with_one_message_and_goes_on_with_room(
+    often: Recipe, tokens: TokenData, finished: Path, tmp_path: Path, checkpoints: float
+) -> None:
+    """A disk that is full indeed, with room for so many checkpoints: two are kept while a third is written."""
+    disk, small, large = (tmp_path / name for name in ("disk", "small", "large"))
+    disk.mkdir()
+    room = int(checkpoints * sum(path.stat().st_size for path in (finished / "checkpoint-40").iterdir()))
+    run = [sys.executable, *program(often, tokens, tmp_path / "run")]
+    run[run.index(tmp_path / "run")] = disk / "run"
+    shell = ["unshare", "--user", "--mount", "--map-root-user", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+    ran = subprocess.run(
+        [str(x) for x in (*shell, disk, room, small, large, *run)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if ran.returncode == 77 or "unshare failed" in ran.stderr:
+        pytest.skip(f"this machine lets nobody mount a disk of his own: {ran.stderr.strip()}")
+    codes = [line for line in ran.stdout.splitlines() if line.isdigit()]
+    assert codes == ["2", "0"], ran.stdout + ran.stderr
+    assert ran.stderr.count("error: ") == 1 and "Traceback" not in ran.stderr
+    assert "cannot write to" in ran.stderr and "run the same command again" in ran.stderr
+    sound = last_complete(small)
+    done = len(records(small)) if (small / "records.jsonl").exists() else 0
+    assert not (small / "result.json").exists()
+    assert done - (int(sound.name[11:]) if sound else 0) <= 3, "more than a checkpoint interval is lost"
+    assert_same_run(large, finished)
 
 
 SPIKE = 150
