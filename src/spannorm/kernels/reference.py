@@ -46,8 +46,8 @@ class _AddRMSNorm(torch.autograd.Function):
         wide = total if total.dtype == torch.float64 else total.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         rstd = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        gain, tiny = weight.to(wide.dtype), tiny_gain(total.dtype)
-        gain = torch.where(gain.abs() < tiny, tiny, gain)
+        gain = weight.to(wide.dtype)
+        gain = torch.copysign(gain.abs().clamp_(min=tiny_gain(total.dtype)), gain)
         ours = wide is not x and not (return_sum and wide is total)  # to write to
         y = (wide.mul_(rstd) if ours else wide * rstd).mul_(gain).to(total.dtype)
         ctx.save_for_backward(y, gain, rstd)
@@ -66,8 +66,8 @@ class _AddRMSNorm(torch.autograd.Function):
             dy, y = dy.to(rstd.dtype), y.to(rstd.dtype)
             product = dy * y
             dw = product.flatten(0, -2).sum(0).div_(gain).to(weight_type)
-            along = torch.mul(y, product.mean(-1, keepdim=True), out=product).div_(gain)
-            through = (dy * gain).sub_(along).mul_(rstd)
+            along = torch.mul(y, product.mean(-1, keepdim=True), out=product)
+            through = (dy * gain).addcdiv_(along, gain, value=-1).mul_(rstd)
             ds = through if ds is None else through.add_(ds)
         if ds is None:
             return (None,) * 7
