@@ -16,12 +16,12 @@ from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 GPU = torch.cuda.is_available()
 KINDS = {
     "matrix products": ("mm", "bmm", "linear", "gemm", "cutlass", "nvjet"),
-    "attention": ("attention", "flash", "softmax"),
     "add and norm": ("add_norm", "AddRMSNorm", "rms_norm", "vector_norm", "rsqrt"),
     "optimizer and clipping": ("adam", "foreach", "Optimizer", "lerp"),
     "loss": ("nll", "log_softmax", "cross_entropy"),
+    "attention": ("attention", "flash", "softmax"),
 }
-"""Kind → what the names of its operations contain; the rest is elementwise work, copies and Python."""
+"""Kind → what the names of its operations contain, the first that fits; the rest: elementwise, copies, Python."""
 
 
 def main() -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
+
+from spannorm.train.data import TokenData
+from spannorm.train.recipe import Recipe
 
 CODE = """
 import sys, torch
@@ -52,3 +57,31 @@ def test_the_model_is_one_graph_with_the_same_logits_and_gradients():
 def test_generated_code_gives_the_same_logits_and_gradients():
     rules = ("1/sqrt(L):forward", "layerscale")
     assert compiled("inductor", *rules) == same(*rules)
+
+
+RUN = """
+import sys, torch
+from pathlib import Path
+from spannorm.train.recipe import load_recipe
+from spannorm.train.run import train
+
+for number, placement in enumerate(sys.argv[3:]):
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    changes = ["train.compile=true", "train.accumulation=2", f"model.placement={placement}"]
+    recipe = load_recipe(Path(sys.argv[1]), changes)
+    train(recipe, Path(sys.argv[1]).parent / placement, data=Path(sys.argv[2]))
+    counted = torch._dynamo.utils.counters
+    print(placement, counted["stats"]["unique_graphs"], counted["graph_break"])
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_compiled_once(recipe: Recipe, tokens: TokenData, tmp_path: Path) -> None:
+    """Forty steps of two passes, probes, checkpoints and evaluation: one graph, with no break, and never again."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in recipe.to_dict().items() if k != "compare"}))
+    command = [sys.executable, "-c", RUN, path, tokens.directory, "span", "siamese"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if "Counter" in line]
+    assert said == ["span 1 Counter()", "siamese 1 Counter()"], done.stdout + done.stderr
