@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spannorm.files import write_bytes, write_text, writing_to
 from spannorm.lab.ablation import Ablation, ablation
-from spannorm.lab.arms import Arm, Job, Look, group_jobs, looks, read_results, values_of
+from spannorm.lab.arms import Arm, Job, group_jobs, looks, read_results, values_of
 from spannorm.lab.conditions import draw_conditions, draw_tolerances
 from spannorm.lab.figures import MAX_ARMS, Drawing, draw, draw_rates
 from spannorm.lab.layers import draw_layers, draw_ramps
@@ -92,7 +92,10 @@ def draw_report(directory: Path) -> Path:
         across = []
         for table, races in by_table.items():
             mine = [t for t in ramps if t.table == table]
-            drawn = _tolerance_figures(mine, look, results) if mine else draw_conditions(races)
+            if mine:
+                drawn = draw_tolerances(mine, look, float(results["recipe"]["train"]["learning_rate"]))
+            else:
+                drawn = draw_conditions(races)
             across += _saved(drawn, folder, table)
     page = _environment().get_template("report.html.jinja").render(
         results=results,
@@ -136,12 +139,6 @@ def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Dra
     """The figures by step and by layer."""
     drawings = [*draw(arms, unigram), *draw_layers(arms), *draw_routing(arms)]
     return [drawing for drawing in drawings if not (ramp and drawing.name == "loss")]
-
-
-def _tolerance_figures(
-    found: Sequence[Tolerance], look: Mapping[tuple[str, str], Look], results: Mapping[str, Any]
-) -> list[Drawing]:
-    return draw_tolerances(found, look, float(results["recipe"]["train"]["learning_rate"]))
 
 
 def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) -> Section:
