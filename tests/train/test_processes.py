@@ -29,8 +29,10 @@ def lines(path: Path) -> list[dict]:
 
 
 def short(recipe: Recipe, arm: str, **changes: object) -> Recipe:
+    """Six steps. Adam's ε lies above the gradients' rounding: below it, a gradient that is rounding alone moves its
+    weight by a share of a whole step."""
     placement, experts = ARMS[arm]
-    t = {"steps": 6, "learning_rate": 1e-3, "checkpoint_every": 3, "probe_every": 3, **changes}
+    t = {"steps": 6, "learning_rate": 1e-3, "checkpoint_every": 3, "probe_every": 3, "adam_epsilon": 1e-6, **changes}
     model = {**recipe.model, **experts, "placement": placement}
     return replace(recipe, model=model, train=replace(recipe.train, **t))
 
