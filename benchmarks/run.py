@@ -1,6 +1,6 @@
 """Every benchmark: ours and its rivals in turns, a table and JSON.
 
-    python benchmarks/run.py [--rows 1,2,3,4,5,6,7] [--pairs 20] [--threads 1] [--json FILE]
+    python benchmarks/run.py [--rows 1,2,3,4,5,6,7,8] [--pairs 20] [--threads 1] [--json FILE]
 
 `make bench` runs all of it. Sizes are small on a CPU and real on a GPU. Rivals that are not installed are named.
 """
@@ -269,7 +269,22 @@ def growth(pairs: int) -> Iterator[Result]:
         yield from training(f"(7) step, 4 blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
 
 
-ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth), 1))
+def share_of_peak(pairs: int) -> Iterator[Result]:
+    """(8) a step, compiled on a GPU, against bare matrix products of as many operations: 1 / ratio is the share."""
+    model, ids = ours("span"), tokens()
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
+    attention = DEPTH * LENGTH * SIZES["hidden_size"]  # causal: half of all pairs
+    operations = 6 * (matrices + attention) * ids.numel()
+    n = 8192 if GPU else 1024
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=HALF if GPU else torch.float32) for _ in range(2))
+    product = timed(lambda: a @ b, 10 if GPU else 1)
+    bare = {"bare products": lambda: product() * operations / (2 * n**3)}
+    yield from in_turns(
+        f"(8) {matrices / 1e6:.1f} M in matrices", {"span": timed(step_of(model, ids, compiled=GPU))} | bare, pairs
+    )
+
+
+ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth, share_of_peak), 1))
 
 
 def main() -> None:
