@@ -65,7 +65,7 @@ from pathlib import Path
 from spannorm.train.recipe import load_recipe
 from spannorm.train.run import train
 
-for number, placement in enumerate(sys.argv[3:]):
+for placement in sys.argv[3:]:
     torch._dynamo.utils.counters.clear()
     torch._dynamo.reset()
     changes = ["train.compile=true", "train.accumulation=2", f"model.placement={placement}"]

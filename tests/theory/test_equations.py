@@ -13,7 +13,8 @@ from spannorm import theory
 from spannorm.errors import InputError
 from spannorm.placements import PLACEMENTS, build_placement, placement_options
 from spannorm.scaling import depth_rule
-from spannorm.theory.body import ACTIVATIONS, Attention, FeedForward, Positions, Softmax, correlated_mean
+from spannorm.theory.body import Attention, FeedForward
+from spannorm.theory.kernel import ACTIVATIONS, Positions, Softmax, correlated_mean
 from spannorm.theory.recursion import Block
 
 module = import_module("spannorm.theory.predict")  # the package's `predict` is the function

@@ -281,11 +281,11 @@ def test_of_several_processes_any_may_be_killed_at_any_moment(
         at = done + draw.randrange(1, 8)
         process = start(2, *program(recipe, tokens, out))
         wait_for_steps(out, min(at, recipe.train.steps))
-        until = time.monotonic() + 1
-        while kill % 2 and time.monotonic() < until and not unsealed(out):
-            pass  # every other kill falls inside a checkpoint's writing
         ranks = ranks_of(process.pid)
         victims = draw.choice([ranks[:1], ranks[1:], [process.pid, *ranks]])
+        until = time.monotonic() + 1
+        while kill % 2 and time.monotonic() < until and not unsealed(out):
+            pass  # every other kill is aimed at a checkpoint's writing
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
@@ -338,7 +338,10 @@ def test_on_a_full_disk_a_run_ends_with_one_message_and_goes_on_with_room(
     disk, small, large = (tmp_path / name for name in ("disk", "small", "large"))
     disk.mkdir()
     room = int(checkpoints * sum(path.stat().st_size for path in (finished / "checkpoint-40").iterdir()))
-    run = [sys.executable, *program(often, tokens, tmp_path / "run")]
+    run = [
+        sys.executable,
+        *program(often, tokens, tmp_path / "run"),
+    ]  # its recipe outside the mount
     run[run.index(tmp_path / "run")] = disk / "run"
     shell = ["unshare", "--user", "--mount", "--map-root-user", "sh", "-c", ON_A_SMALL_DISK, "sh"]
     ran = subprocess.run(

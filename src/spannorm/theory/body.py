@@ -1,163 +1,16 @@
-"""Attention and feed-forward at initialization, as maps on the covariance between tokens.
-
-Wide layers with fresh Gaussian weights turn a field of tokens into one whose channels are independent draws with a
-known covariance. So all there is to know of a signal is its *kernel*: for two tokens at positions t and s, the mean
-product over channels, `same` for a token with itself and `diff` for two distinct tokens. Gradients alike.
-
-A kernel is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
-docs/theory.md derives every line.
-"""
+"""Attention and feed-forward at initialization, as maps on the covariance between tokens (see kernel.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import erf, factorial, pi
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spannorm.errors import InputError, unknown
 from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std
-
-Array = NDArray[np.float64]
-Kernel = NDArray[np.float64]
-
-_erf = np.vectorize(erf, otypes=[float])
-
-
-def _sigmoid(z: Array) -> Array:
-    return 0.5 * (1 + np.tanh(z / 2))
-
-
-def _bell(z: Array) -> Array:
-    return np.exp(-z * z / 2) / (2 * pi) ** 0.5
-
-
-ACTIVATIONS: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
-    "gelu": (lambda z: z * 0.5 * (1 + _erf(z / 2**0.5)), lambda z: 0.5 * (1 + _erf(z / 2**0.5)) + z * _bell(z)),
-    "relu": (lambda z: np.maximum(z, 0.0), lambda z: (z > 0).astype(float)),
-}
-"""The gate's activation and its derivative."""
-
-_ORDER = 12
-_ABSCISSAE, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
-_HERMITE = np.stack(
-    [np.polynomial.hermite_e.hermeval(_ABSCISSAE, np.eye(_ORDER)[k]) / factorial(k) ** 0.5 for k in range(_ORDER)], 1
-)
-
-
-def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel) -> Kernel:
-    """`E[f(a) f(b)]` for jointly Gaussian a, b with the given std by position and correlation by pair.
-
-    Mehler's formula: with `f(σz) = Σ a_k(σ) h_k(z)` in normalized Hermite polynomials the mean is `Σ a_k a'_k ρᵏ`.
-    What the first terms leave of the exact `E[f²]` goes to the next power.
-    """
-    values = f(std[:, None] * _ABSCISSAE)
-    c = (values * _WEIGHTS) @ _HERMITE
-    exact = values**2 @ _WEIGHTS
-    rest = np.sqrt(np.maximum(exact - (c**2).sum(1), 0.0))
-    c = np.concatenate([c, rest[:, None]], 1)
-    rho = correlation[1:]
-    total = np.zeros_like(rho)
-    for k in range(_ORDER, -1, -1):
-        total *= rho
-        total += np.outer(c[:, k], c[:, k])
-    return np.concatenate([exact[None], total])
-
-
-def outer(a: Array) -> Kernel:
-    """`a_t a_s` in a kernel's shape: what scaling a field by `a` multiplies its kernel with."""
-    return np.concatenate([(a * a)[None], np.outer(a, a)])
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """What a softmax over t keys with independent logits N(0, s²) does on average, by quadrature.
-
-    `1/Z^k = ∫ u^(k−1) e^(−uZ) du / Γ(k)` with `Z = Σ exp z_i` turns a mean over all t logits into powers of one-logit
-    means, `E[p_1^a p_2^b] = ∫ u^(a+b−1) φ_a(u) φ_b(u) φ_0(u)^(t−2) du / Γ(a+b)`, `φ_k(u) = E[e^(kz) exp(−u e^z)]`.
-    """
-
-    variances: Array
-    """s², the grid of both tables."""
-    overlap: Array
-    """`E[Σ p_i²]`, by s² and t."""
-    moved: Array
-    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how far a change of the logits moves the mean, by s² and t."""
-
-    @classmethod
-    def over(cls, t: Array) -> Softmax:
-        variances = np.linspace(0.0, 1.5, 16) ** 2
-        z, weight = np.polynomial.hermite_e.hermegauss(48)
-        z = variances[:, None] ** 0.5 * z  # (variance, z)
-        weight = weight / weight.sum()
-        x = np.linspace(-16.0, 9.0, 150)  # ln u
-        u = np.exp(x)
-        e = np.exp(-u[:, None] * np.exp(z)[:, None, :])  # (variance, u, z)
-        phi = [(e * np.exp(k * z)[:, None, :]) @ weight for k in range(5)]
-
-        def mean(*powers: int) -> Array:
-            k, others = sum(powers), np.maximum(t - len(powers), 0)[:, None]
-            body = np.prod([phi[p] for p in powers], axis=0)[:, None] * phi[0][:, None] ** others
-            return (body * u**k).sum(-1) * (x[1] - x[0]) / factorial(k - 1)
-
-        square, cube, fourth = (t * mean(k) for k in (2, 3, 4))
-        two = t * (t - 1) * mean(2, 2)
-        return cls(variances, square, np.maximum(square - 2 * cube + fourth + two, 0.0))
-
-    def at(self, table: Array, variance: Array) -> Array:
-        """A table's value at each position's variance."""
-        return np.array([np.interp(v, self.variances, column) for v, column in zip(variance, table.T, strict=True)])
-
-
-class Positions:
-    """At most `nodes` positions standing for a sequence: bins whose width grows with the distance from the start.
-
-    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence.
-    """
-
-    def __init__(self, length: int, nodes: int = 20) -> None:
-        edges = np.unique(np.round(np.geomspace(1, length + 1, nodes + 1)).astype(int)) if length > 1 else [1, 2]
-        first, last = np.asarray(edges[:-1]), np.asarray(edges[1:]) - 1
-        self.size = len(first)
-        self.count = (first + last) / 2.0
-        sizes = last - first + 1.0
-        self.weight = sizes / length
-        node = self.count[:, None]
-        # tokens of bin i at or before node t (keys[t, i]), and tokens of bin t at or after node i (queries[i, t])
-        self.keys = np.clip(node - first + 1, 0, sizes)
-        self.keys[np.diag_indices(self.size)] = (sizes + 1) / 2
-        self.queries = np.clip(last - node + 1, 0, sizes)
-        self.queries[np.diag_indices(self.size)] = (sizes + 1) / 2
-        self.count = self.keys.sum(1)
-        order = np.arange(self.size)
-        self._low = np.concatenate([order[None], np.minimum.outer(order, order)])
-        self._high = np.concatenate([order[None], np.maximum.outer(order, order)])
-        self.shared = self.count[self._low]
-        self.pairs = outer(self.count) - self.shared
-        self.softmax = Softmax.over(self.count)
-
-    def mean(self, per_position: Array) -> float:
-        """Mean over the tokens of a sequence."""
-        return float(self.weight @ per_position)
-
-    def over_keys(self, k: Kernel) -> tuple[Kernel, Kernel]:
-        """For queries t, s: the sum of `same` over the keys both see, and of `diff` over their other pairs of keys."""
-        return self._gather(k, self.keys, self._low)
-
-    def over_queries(self, k: Kernel) -> tuple[Kernel, Kernel]:
-        """For keys i, j: the like sums over the queries that see them."""
-        return self._gather(k, self.queries, self._high)
-
-    @staticmethod
-    def _gather(k: Kernel, m: Array, common: NDArray[np.int64]) -> tuple[Kernel, Kernel]:
-        full = m @ k[1:] @ m.T
-        pairs = np.concatenate([np.diagonal(full)[None], full])
-        return (m @ k[0])[common], pairs - (m @ np.diagonal(k[1:]))[common]
+from spannorm.theory.kernel import ACTIVATIONS, Kernel, Positions, correlated_mean, normalized, outer
 
 
 @dataclass(frozen=True)
@@ -255,14 +108,6 @@ class Body:
         phase = (1 - np.exp(-1j * np.outer(count, theta))) / (1 - np.exp(-1j * theta)) / count[:, None]
         both = (phase @ phase.conj().T).real / half
         return np.concatenate([np.ones((1, len(count))), same]), np.concatenate([np.diagonal(both)[None], both])
-
-
-def normalized(k: Kernel, on: bool = True) -> tuple[Kernel, Array]:
-    """The kernel of the field brought to unit variance, and its std by position; with `on` false as it was."""
-    if not on:
-        return k, np.ones(k.shape[1])
-    std = np.sqrt(np.maximum(k[0], 1e-300))
-    return k / outer(std), std
 
 
 @dataclass

@@ -20,7 +20,8 @@ from functools import cache
 import numpy as np
 
 from spannorm.scaling import DepthRule
-from spannorm.theory.body import Array, Body, FeedForward, Kernel, normalized, outer
+from spannorm.theory.body import Body, FeedForward
+from spannorm.theory.kernel import Array, Kernel, normalized, outer
 
 _CORRELATIONS = np.array([-0.3, 0.0, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 0.99, 1.0])
 _VARIANCES = np.array([1e-6, 0.15, 0.4, 0.7, 1.0, 1.4, 2.0, 4.0])

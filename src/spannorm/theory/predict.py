@@ -12,7 +12,8 @@ import numpy as np
 
 from spannorm.errors import InputError, unknown
 from spannorm.scaling import depth_rule as work_out
-from spannorm.theory.body import Array, Body, Kernel, normalized
+from spannorm.theory.body import Body
+from spannorm.theory.kernel import Array, Kernel, normalized
 from spannorm.theory.placements import PLACEMENTS
 from spannorm.theory.recursion import Block, Branch, Kernels, cross
 

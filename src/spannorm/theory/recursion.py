@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from spannorm.scaling import DepthRule
-from spannorm.theory.body import Array, Attention, Body, FeedForward, Kernel
+from spannorm.theory.body import Attention, Body, FeedForward
+from spannorm.theory.kernel import Array, Kernel
 from spannorm.theory.mixture import Mixture
 
 Field = dict[int, Array]
