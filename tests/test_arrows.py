@@ -14,7 +14,7 @@ import spannorm
 
 ROOT = Path(spannorm.__file__).parent
 CORE = (
-    *("errors", "scaling", "shapes", "kernels", "norms", "placements", "init", "block"),
+    *("errors", "scaling", "shapes", "kernels", "norms", "placements", "roles", "init", "block"),
     *("routing", "theory", "probes"),
 )
 
@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "kernels": (("errors",), ("torch", "triton")),
     "norms": (("errors", "shapes", "kernels"), ("torch",)),
     "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
-    "init": (("errors", "scaling", "placements"), ("torch",)),
+    "roles": (("errors", "scaling", "norms", "placements"), ("torch",)),
+    "init": (("errors", "scaling", "roles"), ("torch",)),
     "routing": ((), ("torch",)),
-    "theory": (("errors", "scaling"), ("numpy",)),
+    "theory": (("errors", "scaling", "norms", "placements"), ("numpy", "torch")),
     "probes": (("errors",), ("torch",)),
     "block": (("placements", "shapes"), ("torch",)),
 }
@@ -76,9 +77,10 @@ def test_a_placement_stands_on_the_base_and_may_be_made_of_others_and_the_regist
         path.stem: {name.split(".")[2] for name in imports(path) if re.match(r"spannorm\.placements\.[a-z]", name)}
         for path in folder.glob("*.py")
     }
-    files = set(inner) - {"__init__", "base", "catalog"}  # the catalogue reads the registry
+    files = set(inner) - {"__init__", "base", "stack", "catalog"}  # the catalogue reads the registry
     assert inner["base"] == set()
-    assert inner["__init__"] == {"base", *files}
+    assert inner["__init__"] == {"base", "stack", *files}
+    assert inner["stack"] == {"base", *files}
     for name in files:
         assert "base" in inner[name] <= {"base", *files} - {name}
 
@@ -103,11 +105,11 @@ def in_a_fresh_interpreter(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_loads_neither_transformers_nor_jaxtyping_checks():
-    loaded = in_a_fresh_interpreter(
-        "import sys, spannorm; print([m for m in ('transformers', 'accelerate', 'beartype') if m in sys.modules])"
-    )
-    assert loaded == "[]"
+def test_importing_the_package_loads_nothing_heavy_and_the_core_no_transformers():
+    heavy = "[m for m in ('torch', 'transformers', 'accelerate', 'beartype') if m in sys.modules]"
+    core = "spannorm.Block, spannorm.init_plan, spannorm.theory.predict, spannorm.probes.Probe"
+    loaded = in_a_fresh_interpreter(f"import sys, spannorm; print({heavy}); {core}; print({heavy})")
+    assert loaded.splitlines() == ["[]", "['torch']"]
 
 
 def test_the_core_runs_without_jaxtyping():
@@ -129,6 +131,10 @@ def test_every_public_name_is_there_and_the_hugging_face_side_loads_on_first_use
         "print(before, missing, 'transformers' in sys.modules)"
     )
     assert in_a_fresh_interpreter(code) == "False [] True"
+
+
+def test_the_package_lists_what_a_user_may_use_and_nothing_else():
+    assert set(dir(spannorm)) == {*spannorm.__all__, "__version__"}
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error():

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from arms import ARMS, TIED_ARMS
+from arms import ARMS, TIED_ARMS, init_factor, rate_factor
+from facts import FACTS
 from torch import nn
 
 from spannorm.errors import InputError
@@ -50,28 +51,11 @@ def drawn(placement: str = "span", rule: str = "none", *, seed: int = 0, **optio
     return model
 
 
-def factor(rule: str, leaf: str) -> float:
-    """The init factor of a matrix at four blocks, by hand."""
-    deep = leaf in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    if rule in ("deepnorm", "subln"):
-        return {"deepnorm": 32**-0.25, "subln": math.sqrt(math.log(8))}[rule] if deep else 1.0
-    written = ("down_proj",) if ":ffn" in rule else ("o_proj", "down_proj")
-    if ":forward" in rule or leaf not in written:
-        return 1.0
-    return {"1/sqrt(L)": 0.5, "1/sqrt(2L)": 8**-0.5, "1/L": 0.25}.get(rule.split(":")[0], 1.0)
+def block_of(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("layers.") else 0
 
 
-def slowed(rule: str, leaf: str) -> float:
-    """The factor on the learning rate of a matrix at four blocks, by hand."""
-    if rule.endswith(":init+lr"):
-        return factor(rule, leaf)
-    slow = ("gate_proj", "up_proj", "down_proj", *(() if ":ffn" in rule else ("q_proj", "k_proj", "v_proj", "o_proj")))
-    if not rule.endswith(":forward+lr") or leaf not in slow:
-        return 1.0
-    return factor(rule.split(":")[0], "down_proj")
-
-
-def expected_draw(name: str, rule: str, tied: bool) -> tuple[float, float]:
+def expected_draw(name: str, placement: str, rule: str, tied: bool) -> tuple[float, float]:
     """(mean, std) of a parameter, by hand."""
     module, leaf = name.split(".")[-2:]
     if leaf in ("attn_scale", "ffn_scale"):
@@ -79,10 +63,12 @@ def expected_draw(name: str, rule: str, tied: bool) -> tuple[float, float]:
     if leaf == "bias":
         return 0.0, 0.0
     if module.endswith("norm"):
-        return 1.0, 0.0
+        written = {"attn_output_norm": 0.283, "ffn_output_norm": 0.432, "attn_norm": 0.283, "ffn_norm": 0.432}
+        gained = "gain(" in rule and module in FACTS[placement].output_norms
+        return 0.5 * written[module] if gained else 1.0, 0.0
     if module == "embed_tokens":
         return 0.0, 0.25 if tied else 1.0
-    return 0.0, factor(rule, module) * (INNER**-0.5 if module == "down_proj" else 0.25)
+    return 0.0, init_factor(rule, module, block_of(name), DEPTH) * (INNER**-0.5 if module == "down_proj" else 0.25)
 
 
 @pytest.mark.parametrize(("placement", "rule", "tied"), TIED_ARMS)
@@ -91,7 +77,7 @@ def test_every_parameter_is_drawn_as_the_rule_says(placement, rule, tied):
     plan = init_plan(model, width=WIDTH, tied=tied)
     assert plan.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        mean, std = expected_draw(name, rule, tied)
+        mean, std = expected_draw(name, placement, rule, tied)
         assert (plan[name].mean, plan[name].std) == pytest.approx((mean, std), rel=1e-12)
         if std == 0.0:
             assert torch.equal(parameter, torch.full(parameter.shape, mean))
@@ -112,7 +98,7 @@ def test_each_block_follows_its_own_rule_and_what_stands_outside_follows_none():
     plan = init_plan(model, width=WIDTH)
     for i, rule in rules.items():
         for leaf in ("self_attn.v_proj", "self_attn.o_proj"):
-            wanted = factor(rule, leaf.split(".")[1]) * 0.25
+            wanted = init_factor(rule, leaf.split(".")[1], 1, DEPTH) * 0.25
             assert plan[f"layers.{i}.{leaf}.weight"].std == pytest.approx(wanted)
     assert plan["extra.o_proj.weight"].std == pytest.approx(0.25)
 
@@ -137,7 +123,7 @@ def test_arms_share_a_body_and_differ_by_std_alone(placement, rule):
         if a.std:
             torch.testing.assert_close(parameter / a.std, others[name] / b.std)
         else:
-            assert torch.equal(parameter, others[name])
+            assert torch.equal(parameter - a.mean, others[name] - b.mean)
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -297,7 +283,7 @@ def test_the_receipt_has_a_row_for_every_tensor():
 def test_a_parameter_without_a_role_is_refused():
     model = Plain()
     model.adapter = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(InputError, match=r"no role is known for the parameter 'adapter.weight'.*q_proj"):
+    with pytest.raises(InputError, match=r"no role is known for the parameter 'adapter.weight'.*roles=.*q_proj"):
         init_plan(model, width=WIDTH)
 
 
@@ -312,10 +298,12 @@ def test_the_optimizer_gets_every_parameter_once_with_the_rate_and_decay_of_its_
     assert got.keys() == {id(p) for p in model.parameters()}
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-2]
-        c = slowed(rule, leaf) if name.endswith("weight") else 1.0
+        inside = name.startswith("layers.") and (name.endswith("weight") or rule == "depth-mup")
+        c = rate_factor(rule, leaf, block_of(name), DEPTH) if inside else 1.0
         # only matrices decay; an embedding is a table, and a tied head is that table
         decays = parameter.ndim == 2 and leaf != "embed_tokens"
-        assert got[id(parameter)] == pytest.approx((0.01 * c, 0.1 / c if decays else 0.0)), name
+        decay = 0.1 if rule == "depth-mup" else 0.1 / c
+        assert got[id(parameter)] == pytest.approx((0.01 * c, decay if decays else 0.0)), name
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer():

@@ -7,39 +7,47 @@ from typing import Any
 
 import pytest
 import torch
-from arms import ARMS, DEFAULT_RULE, NO_FINAL_NORM, TWO_STREAMS
+from arms import ARMS, FULL, rules_of
+from facts import FACTS
 from torch import Tensor
 
 from spannorm.errors import InputError
-from spannorm.placements import PLACEMENTS, Placement, build_placement
-from spannorm.scaling import depth_rule_names
+from spannorm.placements import PLACEMENTS, Placement, Stack, build_placement, placement_options
 
 WIDTH, DEPTH, EPS = 8, 4, 1e-3
 POSITIONS = {"first": 0, "middle": 2, "last": DEPTH - 1}
 F64 = torch.float64
 
-# What a `:forward` rule multiplies the branches with at four blocks, worked out by hand: (attention, FFN).
+# What a rule multiplies the branches with in the forward pass at block b of four, by hand: (attention, FFN).
 FORWARD = {
-    "1/sqrt(L):forward": (0.5, 0.5),
-    "1/sqrt(2L):forward": (1 / math.sqrt(8), 1 / math.sqrt(8)),
-    "1/L:forward": (0.25, 0.25),
-    "1/sqrt(L):ffn:forward": (1.0, 0.5),
-    "1/sqrt(2L):ffn:forward": (1.0, 1 / math.sqrt(8)),
-    "1/L:ffn:forward": (1.0, 0.25),
+    "1/sqrt(L)": lambda b: 0.5,
+    "1/sqrt(2L)": lambda b: 1 / math.sqrt(8),
+    "1/L": lambda b: 0.25,
+    "1/sqrt(b+1)": lambda b: 1 / math.sqrt(b + 1),
+    "completep": lambda b: 0.5,  # a base depth of 2
+    "depth-mup": lambda b: 1 / math.sqrt(2),
 }
+
+
+def forward_factors(rule: str, b: int) -> tuple[float, float]:
+    word, *more = rule.removesuffix("+lr").split(":")  # +lr slows the steps alone
+    if more[-1:] != ["forward"] and word not in ("completep", "depth-mup"):
+        return 1.0, 1.0
+    c = FORWARD[word](b)
+    return (1.0 if "ffn" in more else c), c
 
 
 class Reference:
     """One block, its norms and its two sublayers as plain tensors with gradients."""
 
-    def __init__(self, norm: str, learned: str, rule: str) -> None:
+    def __init__(self, norm: str, learned: str, rule: str, b: int = 0) -> None:
         self.norm = norm
         self.leaves: dict[str, Tensor] = {}
         for name in ("attn_norm", "ffn_norm", "initial_norm"):
             self.leaf(f"{name}.weight", WIDTH)
             if norm == "layernorm":
                 self.leaf(f"{name}.bias", WIDTH)
-        self.ca, self.cf = FORWARD.get(rule.removesuffix("+lr"), (1.0, 1.0))  # +lr slows the steps alone
+        self.ca, self.cf = forward_factors(rule, b)
         if learned:
             shape = () if learned == "scalar" else (WIDTH,)
             self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
@@ -95,7 +103,7 @@ def new(name: str, rule: str | None = None, layer_idx: int = 1, norm: str = "rms
 
 def stream(name: str) -> Tensor:
     """What a middle block reads."""
-    streams = (2,) if name in TWO_STREAMS else ()
+    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 else ()
     return torch.randn(2, 3, *streams, WIDTH, dtype=F64)
 
 
@@ -120,11 +128,11 @@ def compare(placement: Placement, reference: Reference, expected: Tensor) -> Non
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("rule", depth_rule_names())
-@pytest.mark.parametrize("name", ["pre", "post", "span"])
+@pytest.mark.parametrize("rule", rules_of("pre"))
+@pytest.mark.parametrize("name", FULL)
 def test_output_and_all_gradients_are_those_of_the_equation(name, rule, norm, position):
     placement = new(name, rule, POSITIONS[position], norm)
-    reference = Reference(norm, {"rezero": "scalar", "layerscale": "vector"}.get(rule, ""), rule)
+    reference = Reference(norm, {"rezero": "scalar", "layerscale": "vector"}.get(rule, ""), rule, POSITIONS[position])
     if name == "span":
         expected = reference.span(initial_norm=position == "first")
     else:
@@ -175,44 +183,22 @@ def test_sublayers_are_opaque_and_called_once_each_attention_first(name):
     assert calls == ["attn", "ffn"]
 
 
-# What each method's authors give it besides the equation; what is absent has none, and plain N(0, 0.02²).
-INNER = {
-    "olmo2": {"q": "width", "k": "width"},
-    "hybrid": {"q": "head", "k": "head", "v": "head"},
-    "hybrid_star": {"q": "head", "k": "head", "v": "head"},
-    "subln": {"attn_out": "width", "ffn_down": "width"},
-    "normformer": {"head_scale": "head", "ffn_down": "width"},
-}
-BASE = {"span": "fan_in", "olmo2": "normal_cut", "hybrid": "megatron", "hybrid_star": "megatron"}
-BASE |= dict.fromkeys(("post", "deepnorm", "subln", "residual"), "xavier")
-
-
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
-    placement = new(name, layer_idx=DEPTH - 1)
-    assert placement.rule.name == DEFAULT_RULE[name]
-    assert placement.final_norm is (name not in NO_FINAL_NORM)
-    assert placement.embedding_norm is False
-    assert dict(placement.inner_norms) == INNER.get(name, {})
-    assert placement.recommended_base_init == BASE.get(name, "normal")
-
-
-# The norms of a middle block where they are not the two of the parents.
-NORMS = {
-    "peri": ("attn_norm", "attn_output_norm", "ffn_norm", "ffn_output_norm"),
-    "normformer": ("attn_norm", "attn_output_norm", "ffn_norm"),
-    "hybrid": ("ffn_norm",),
-    "hybrid_star": ("ffn_norm",),
-    "keel": ("attn_norm", "attn_outer_norm", "ffn_norm", "ffn_outer_norm"),
-    "siamese": ("attn_norm", "attn_x_norm", "attn_y_norm", "ffn_norm", "ffn_x_norm", "ffn_y_norm"),
-}
+    placement, stack, fact = new(name, layer_idx=DEPTH - 1), Stack(name, DEPTH), FACTS[name]
+    assert placement.rule.name == stack.depth_rule == fact.rule
+    assert placement.final_norm is stack.final_norm is fact.final_norm
+    assert placement.embedding_norm is stack.embedding_norm is False
+    assert dict(placement.inner_norms) == dict(stack.inner_norms) == fact.inner_norms
+    assert stack.kind.recommended_base_init == fact.base_init
+    assert dict(placement.output_norms) == fact.output_norms
+    assert placement_options(name) == list(fact.options)
 
 
 @pytest.mark.parametrize(("name", "rule"), ARMS)
 def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(name, rule):
     placement = new(name, rule, layer_idx=1, norm="layernorm")
-    norms = NORMS.get(name, ("attn_norm", "ffn_norm"))
-    expected = {f"{n}.{p}" for n in norms for p in ("weight", "bias")}
+    expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")}
     if rule in ("rezero", "layerscale"):
         expected |= {"attn_scale", "ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks

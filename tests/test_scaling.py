@@ -12,17 +12,22 @@ from spannorm.errors import InputError
 from spannorm.scaling import BASE_INITS, ROLES, base_std, cut_std, depth_rule, depth_rule_names
 
 # Written out a second time, by hand: the grammar's factors as exponent and multiple of L.
-FACTORS = {"1/sqrt(L)": (1, 0.5), "1/sqrt(2L)": (2, 0.5), "1/L": (1, 1.0)}
-GRAMMAR = [f + b + w for f in FACTORS for b in ("", ":ffn") for w in ("", ":forward", ":init+lr", ":forward+lr")]
-NAMED = ["none", "deepnorm", "subln", "rezero", "layerscale"]
+FACTORS = {
+    "1/sqrt(L)": (1, 0.5), "1/sqrt(2L)": (2, 0.5), "1/L": (1, 1.0), "1/sqrt(b+1)": (1, 0.5), "1/sqrt(2(b+1))": (2, 0.5)
+}  # fmt: skip
+PLACES = ("", ":forward", ":init+lr", ":forward+lr", ":gain")
+GRAMMAR = [f + b + w for f in FACTORS for b in ("", ":ffn") for w in PLACES]
+NAMED = ["none", "deepnorm", "subln", "rezero", "layerscale", "ds-init", "wang", "torchtitan", "completep", "depth-mup"]
 BODY = {"v", "attn_out", "ffn_gate", "ffn_up", "ffn_down"}
+MATRICES = {"q", "k", *BODY}
+INIT_ALONE = ("learning_rate", "weight_decay", "eps", "forward", "output_gain")
 
 depths = st.integers(1, 10_000)
 
 
-def expected_factor(name: str, depth: int) -> float:
+def expected_factor(name: str, depth: int, b: int = 0) -> float:
     multiple, exponent = FACTORS[name.split(":")[0]]
-    return math.exp(-exponent * math.log(multiple * depth))
+    return math.exp(-exponent * math.log(multiple * (b + 1 if "b+1" in name else depth)))
 
 
 def effective(factors, role: str) -> float:
@@ -39,28 +44,31 @@ def test_a_rule_records_its_name(name):
     assert depth_rule(name, 6).name == name
 
 
-@given(name=st.sampled_from(GRAMMAR), depth=depths)
-def test_a_factor_lands_where_the_suffix_says_and_nowhere_else(name, depth):
-    rule, c = depth_rule(name, depth), expected_factor(name, depth)
-    forward, twin, ffn_only = ":forward" in name, ":init+lr" in name, ":ffn" in name
+@given(name=st.sampled_from(GRAMMAR), depth=depths, part=st.floats(0, 1, exclude_max=True))
+def test_a_factor_lands_where_the_suffix_says_and_nowhere_else(name, depth, part):
+    b = int(part * depth)
+    rule, c = depth_rule(name, depth, b), expected_factor(name, depth, b)
+    forward, twin, ffn_only, gain = ":forward" in name, ":init+lr" in name, ":ffn" in name, ":gain" in name
     slowed, attn = name.endswith(":forward+lr"), 1.0 if ffn_only else c
     slow = dict.fromkeys(("q", "k", "v", "attn_out"), attn) | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), c)
 
-    assert rule.ffn_forward == pytest.approx(c if forward else 1.0, rel=1e-12)
-    assert rule.attn_forward == pytest.approx(attn if forward else 1.0, rel=1e-12)
+    for table, on in ((rule.forward, forward), (rule.output_gain, gain)):
+        assert effective(table, "ffn") == pytest.approx(c if on else 1.0, rel=1e-12)
+        assert effective(table, "attn") == pytest.approx(attn if on else 1.0, rel=1e-12)
     for role in ROLES:
         at_init = {"attn_out": attn, "ffn_down": c}.get(role, 1.0)
-        assert effective(rule.init, role) == pytest.approx(1.0 if forward else at_init, rel=1e-12)
+        assert effective(rule.init, role) == pytest.approx(1.0 if forward or gain else at_init, rel=1e-12)
         rate = at_init if twin else slow.get(role, 1.0) if slowed else 1.0
         assert effective(rule.learning_rate, role) == pytest.approx(rate, rel=1e-12)
-    assert rule.learned == ""
+        assert effective(rule.weight_decay, role) == pytest.approx(1 / rate, rel=1e-12)
+    assert rule.learned == "" and not rule.eps
 
 
 @given(depth=depths)
 def test_none_changes_nothing_at_any_depth(depth):
     rule = depth_rule("none", depth)
-    assert (rule.attn_forward, rule.ffn_forward, rule.learned) == (1.0, 1.0, "")
-    assert not rule.init and not rule.learning_rate
+    assert rule.learned == "" and not rule.init
+    assert not any(getattr(rule, table) for table in INIT_ALONE)
 
 
 @given(depth=depths)
@@ -69,7 +77,7 @@ def test_deepnorm_scales_values_and_ffn_by_beta_but_not_queries_and_keys(depth):
     assert set(rule.init) == BODY
     for factor in rule.init.values():
         assert factor**4 * 8 * depth == pytest.approx(1.0, rel=1e-12)
-    assert (rule.attn_forward, rule.ffn_forward, rule.learned, dict(rule.learning_rate)) == (1.0, 1.0, "", {})
+    assert rule.learned == "" and not any(getattr(rule, table) for table in INIT_ALONE)
 
 
 @pytest.mark.parametrize(("depth", "beta"), [(12, 0.319472), (24, 0.268642), (32, 0.25)])
@@ -83,12 +91,68 @@ def test_subln_scales_the_same_matrices_up_with_depth(depth):
     assert set(rule.init) == BODY
     for factor in rule.init.values():
         assert math.exp(factor**2) == pytest.approx(2 * depth, rel=1e-9)
-    assert (rule.attn_forward, rule.ffn_forward, rule.learned, dict(rule.learning_rate)) == (1.0, 1.0, "", {})
+    assert rule.learned == "" and not any(getattr(rule, table) for table in INIT_ALONE)
 
 
 @pytest.mark.parametrize(("depth", "factor"), [(12, 1.782710), (32, 2.039334)])
 def test_subln_factor_is_the_papers(depth, factor):
     assert depth_rule("subln", depth).init["ffn_down"] == pytest.approx(factor, abs=5e-7)
+
+
+BLOCKWISE = {
+    "ds-init": (MATRICES, lambda b, L: 1 / math.sqrt(b + 1)),
+    "wang": ({"attn_out", "ffn_down"}, lambda b, L: math.sqrt(10) / L),
+    "torchtitan": ({"attn_out", "ffn_up", "ffn_down"}, lambda b, L: 1 / math.sqrt(2 * (b + 1))),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+@given(depth=st.integers(2, 500), part=st.floats(0, 1, exclude_max=True))
+def test_rules_of_other_codes_scale_their_matrices_at_init_alone(name, depth, part):
+    (roles, factor), b = BLOCKWISE[name], int(part * depth)
+    rule = depth_rule(name, depth, b)
+    for role in ROLES:
+        wanted = factor(b, depth) if role in roles else 1.0
+        assert effective(rule.init, role) == pytest.approx(wanted, rel=1e-12)
+    assert not any(getattr(rule, table) for table in INIT_ALONE)
+
+
+@given(depth=depths, width=st.integers(1, 10**5))
+def test_wang_over_small_is_gpt_neoxs_std(depth, width):
+    base = base_std("attn_out", width, width, width=width, base_init="small")
+    std = effective(depth_rule("wang", depth).init, "attn_out") * base
+    assert std == pytest.approx(2 / (depth * math.sqrt(width)), rel=1e-12)
+    assert base == pytest.approx(math.sqrt(2 / (5 * width)), rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("completep", 1.0), ("depth-mup", 0.5)])
+@given(depth=depths, base=st.one_of(st.none(), st.integers(1, 64)))
+def test_completeps_table_at_both_exponents(name, alpha, depth, base):
+    # arXiv 2505.01618, Table 1, m the depth over the base depth: forward m^-α, rates m^(α−1), ε m^-α, decay unchanged
+    m = depth / (base or 2)
+    rule = depth_rule(name if base is None else f"{name}({base})", depth)
+    for branch in ("attn", "ffn"):
+        assert effective(rule.forward, branch) == pytest.approx(m**-alpha, rel=1e-12)
+    for role in ROLES:
+        inside = role not in ("embedding", "head")
+        assert effective(rule.learning_rate, role) == pytest.approx(m ** (alpha - 1) if inside else 1.0, rel=1e-12)
+        assert effective(rule.eps, role) == pytest.approx(m**-alpha if inside else 1.0, rel=1e-12)
+    assert not rule.init and not rule.weight_decay and not rule.output_gain
+
+
+def test_output_gains_take_pangus_constants():
+    rule = depth_rule("1/sqrt(L):gain(0.283,0.432)", 94)
+    assert rule.output_gain == {"attn": pytest.approx(0.283 / 94**0.5), "ffn": pytest.approx(0.432 / 94**0.5)}
+    assert depth_rule("1/sqrt(L):ffn:gain(0.283,0.432)", 94).output_gain == {"ffn": pytest.approx(0.432 / 94**0.5)}
+
+
+@pytest.mark.parametrize("name", [
+    "1/sqrt(L):gain(1)", "1/sqrt(L):gain(1,2,3)", "1/sqrt(L):gain(0,1)", "1/sqrt(L):gain(a,b)", "1/sqrt(L):forward(2)",
+    "completep(0)", "completep(-1)", "completep(1,2)", "completep(nan)", "completep(inf)", "completep()", "wang(2)",
+])  # fmt: skip
+def test_numbers_that_a_rule_does_not_take_are_refused_in_words(name):
+    with pytest.raises(InputError, match=r"takes (no numbers|\d positive numbers? in brackets, or none)\."):
+        depth_rule(name, 8)
 
 
 @given(depth=depths)
@@ -147,7 +211,7 @@ def test_a_model_without_blocks_is_refused(name, depth):
         depth_rule(name, depth)
 
 
-WEIGHTS = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down", "router")
+WEIGHTS = ("q", "k", "v", "attn_out", "ffn_gate", "ffn_up", "ffn_down", "router", "projection")
 sizes = st.integers(1, 10**6)
 
 
@@ -216,7 +280,7 @@ def test_an_unknown_base_init_is_refused():
 def test_which_base_inits_are_cut_and_where():
     cuts = {name: cut for name, cut in BASE_INITS.items() if cut is not None}
     assert cuts == {"normal_cut": 3.0, "megatron": 3.0}
-    assert set(BASE_INITS) - set(cuts) == {"fan_in", "normal", "xavier"}
+    assert set(BASE_INITS) - set(cuts) == {"fan_in", "normal", "small", "xavier"}
 
 
 @pytest.mark.parametrize("cut", [0.5, 1.0, 2.0, 3.0, 6.0])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from arms import DEFAULT_RULE, TWO_STREAMS
+from arms import DEFAULT_RULE
+from facts import EPS, EQUATIONS, F64, FACTS, WIDTH, Case
 from torch import Tensor
-from zoo_equations import EPS, EQUATIONS, F64, WIDTH, Case
 
 from spannorm.errors import InputError
-from spannorm.placements import PLACEMENTS, Placement, build_placement, register_placement
+from spannorm.placements import PLACEMENTS, Placement, Stack, build_placement, register_placement
 from spannorm.scaling import base_std
 
 DEPTH = 4  # so that a quarter of the blocks, Mix-LN's lower ones, is one block
@@ -57,7 +57,7 @@ def test_every_registered_placement_has_an_equation_here():
 def test_each_block_and_all_its_gradients_are_those_of_the_equation(name, rule, norm):
     for b in range(DEPTH):
         case = Case(norm, b, DEPTH, FACTORS.get(rule, (1.0, 1.0)))
-        streams = (2,) if name in TWO_STREAMS and b > 0 else ()
+        streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
         x = case.leaf("x", 2, 3, *streams, WIDTH)
         expected = EQUATIONS[name](case, x)
         placement = new(name, b, None if rule == "default" else rule, norm)
@@ -114,21 +114,14 @@ def test_keels_skip_factor_is_the_number_of_sublayers_and_1_in_block_0():
 
 
 def test_hybridnorms_own_base_init_is_the_papers():
-    base = new("hybrid", 0).recommended_base_init
+    base = PLACEMENTS["hybrid"].recommended_base_init
     assert base_std("q", 2048, 2048, width=2048, base_init=base) == pytest.approx(0.0139754, abs=5e-8)
 
 
-CONSTANTS = {
-    "deepnorm": ("alpha", lambda b, L: (2 * L) ** 0.25),
-    "lns": ("factor", lambda b, L: 1 / (b + 1) ** 0.5),
-    "keel": ("alpha", lambda b, L: 1.0 if b == 0 else 2.0 * L),
-}
-
-
-@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("name", [name for name, fact in FACTS.items() if fact.constant])
 @pytest.mark.parametrize("depth", [1, 2, 1000])
 def test_constants_are_floats_at_every_depth_and_no_part_of_the_state(name, depth):
-    attribute, formula = CONSTANTS[name]
+    attribute, formula = FACTS[name].constant
     for b in {0, depth // 2, depth - 1}:
         placement = new(name, b, depth=depth)
         value = getattr(placement, attribute)
@@ -165,7 +158,7 @@ def test_mix_is_postnorm_below_and_prenorm_above(a, depth, rule):
 
 
 def test_mix_needs_a_final_norm_unless_it_is_postnorm_throughout():
-    assert [new("mix", DEPTH - 1, post_fraction=a).final_norm for a in (0.0, 0.25, 0.75, 1.0)] == [
+    assert [Stack("mix", DEPTH, options={"post_fraction": a}).final_norm for a in (0.0, 0.25, 0.75, 1.0)] == [
         True,
         True,
         True,

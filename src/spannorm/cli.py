@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from pathlib import Path
@@ -203,15 +204,16 @@ def theory(
     json_file: JsonFile = None,
     plot: PlotFile = None,
     overrides: Overrides = None,
+    imports: Imports = None,
 ) -> None:
     """Predict signal and gradient at initialization, and say what they mean. Builds no model."""
-    from spannorm.lab import depth_check as lab
     from spannorm.lab.depth_report import show
+    from spannorm.lab.depth_theory import cases, sizes, theory_of
 
-    chosen = lab.stacks(
-        lab.sizes(recipe, overrides or ()), listed(placements), listed(depth_rules), numbers("--depths", depths)
-    )
-    show(chosen, lab.theory_of(chosen), json_file, plot)
+    run_files(imports)
+    sized = sizes(recipe, overrides or ())
+    chosen = cases(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
+    show(chosen, theory_of(chosen), json_file, plot)
 
 
 @app.command(name="depth-check")
@@ -225,17 +227,20 @@ def depth_check(
     json_file: JsonFile = None,
     plot: PlotFile = None,
     overrides: Overrides = None,
+    imports: Imports = None,
 ) -> None:
-    """Hold the theory against real models, at init and after training, and say which placements will train."""
-    from spannorm.lab import depth_check as lab
+    """Compare the theory with real models, at init and after training, and say which placements will train."""
+    from spannorm.lab.depth_check import depth_check
     from spannorm.lab.depth_report import progress, show
+    from spannorm.lab.depth_theory import cases, sizes
 
-    sized = lab.sizes(recipe, overrides or ())
-    chosen = lab.stacks(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
-    with progress(len(chosen)) as on_stack:
-        results = lab.depth_check(
+    run_files(imports)
+    sized = sizes(recipe, overrides or ())
+    chosen = cases(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
+    with progress(len(chosen)) as on_case:
+        results = depth_check(
             chosen, steps=numbers("--steps", steps), seeds=seeds, data=Path("runs") / sized.name / "data",
-            on_stack=on_stack,
+            on_case=on_case,
         )  # fmt: skip
     show(chosen, results, json_file, plot)
 
@@ -263,15 +268,23 @@ def run_files(paths: list[Path] | None) -> None:
 
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 or 75 stopped and saved (`Stopped`)."""
-    from spannorm.train.processes import is_first
-
+    quick = sys.argv[1:2] in (["theory"], ["placements"])  # most of their time is loading PyTorch
+    if quick:
+        gc.disable()
     try:
         app()
     except InputError as error:
+        from spannorm.train.processes import is_first
+
         if is_first() or isinstance(error, DiskError):  # all other input is the same for every process
             typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
     except Stopped as stop:
+        from spannorm.train.processes import is_first
+
         if is_first():
             typer.echo(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}", err=True)
         sys.exit(stop.exit_code)
+    finally:
+        if quick:
+            gc.freeze()  # else the end of the process looks through everything once more: a third of a second

@@ -1,69 +1,23 @@
 """What a parameter's role decides: its first value, its learning rate, its weight decay.
 
-Works on any module whose parameters carry the Llama family's names and whose blocks hold a `Placement` under the
-name `placement`. Each tensor's standard-normal draw is seeded by (seed, parameter name), so that models which
-differ in placement or depth rule share a body and differ by std alone.
+Works on any module whose blocks hold a `Placement` under the name `placement`; roles.py says how a parameter's role is
+found. Each tensor's standard-normal draw is seeded by (seed, parameter name), so that models which differ in placement
+or depth rule share a body and differ by std alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spannorm.errors import InputError
-from spannorm.placements import Placement
-from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std, depth_rule
-
-ROLE_OF_MODULE: dict[str, Role] = {
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "attn_out",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-    "gate": "router",
-}
-ROLE_OF_PARAMETER: dict[str, Role] = {
-    "attn_scale": "gain",
-    "ffn_scale": "gain",
-    "head_scale": "norm",
-    "bias": "bias",
-    # Of all experts at once, (experts, fan-out, fan-in); gate and up, one above the other, have one std in every rule.
-    "gate_up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
-FUSED: dict[str, int] = {"gate_up_proj": 2}
-"""How many matrices a parameter stacks along its fan-out."""
-
-NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "gain", "embedding"})
-
-
-def role_of(name: str) -> Role:
-    """The role of a parameter, read off its dotted name.
-
-    Raises:
-        InputError: no role is known for that name.
-    """
-    module, _, leaf = name.rpartition(".")
-    module = module.rpartition(".")[2]
-    if leaf in ROLE_OF_PARAMETER:
-        return ROLE_OF_PARAMETER[leaf]
-    if leaf == "weight" and module.endswith("norm"):
-        return "norm"
-    if module in ROLE_OF_MODULE:
-        return ROLE_OF_MODULE[module]
-    raise InputError(
-        f"no role is known for the parameter {name!r}: name its module one of {', '.join(ROLE_OF_MODULE)}."
-    )
+from spannorm.roles import NO_DECAY, Fused, Roles, known_parameters
+from spannorm.scaling import BASE_INITS, Role, base_std, cut_std
 
 
 @dataclass(frozen=True)
@@ -71,52 +25,77 @@ class Draw:
     """A parameter's initial distribution: N(mean, σ²), drawn again beyond ±`cut`·σ, constant where σ is 0."""
 
     role: Role
-    mean: float
+    mean: float | Tensor
     sigma: float
     cut: float | None = None
+    fused: tuple[Fused, tuple[float, ...]] | None = None
+    """Of several matrices stored as one: their layout, and the σ of each; `role` and `sigma` are the last one's."""
 
     @property
     def std(self) -> float:
         """What the values' std should be."""
         return self.sigma if self.cut is None else self.sigma * cut_std(self.cut)
 
-
-def _named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role, DepthRule]]:
-    """Each parameter once, with its role and the depth rule of the block it stands in (`none` outside)."""
-    rules = {name: m.placement.rule for name, m in model.named_modules() if isinstance(_placement(m), Placement)}
-    outside = depth_rule("none", 1)
-    known: dict[str, Role] = getattr(model, "parameter_roles", {})  # a rewired model brings its family's own
-    for name, parameter in model.named_parameters():
-        block = next((b for b in rules if name.startswith(f"{b}." if b else "")), None)
-        role = known[name] if name in known else role_of(name)
-        yield name, parameter, role, outside if block is None else rules[block]
-
-
-def _placement(module: nn.Module) -> object:
-    return getattr(module, "placement", None)
+    def matrices(self, stored: Tensor) -> Iterator[tuple[Draw, Tensor]]:
+        """The draw of each matrix that a parameter holds, and its values, a view."""
+        if self.fused is None:
+            yield self, stored
+            return
+        layout, sigmas = self.fused
+        for sigma, (role, view) in zip(sigmas, layout.split(layout.matrix(stored)).items(), strict=True):
+            yield replace(self, role=role, sigma=sigma, fused=None), view
 
 
 def init_plan(
     model: nn.Module,
     *,
-    width: int,
+    roles: Roles | None = None,
+    width: int | None = None,
     base_init: str = "fan_in",
     initializer_range: float = 0.02,
-    tied: bool = False,
+    tied: bool | None = None,
 ) -> dict[str, Draw]:
     """How every parameter is to be drawn: base σ by role, times the depth rule's factor for that role.
 
-    Works on meta device: only names and shapes are read. Arguments are those of `spannorm.scaling.base_std`.
+    Works on meta device: only names and shapes are read.
+
+    Args:
+        roles: what the matrices of your model do, by the tails of their paths; see `spannorm.roles.known_parameters`.
+        width: the model's hidden size; None means the configuration's, or else the placements'.
+        base_init, initializer_range: those of `spannorm.scaling.base_std`.
+        tied: whether embedding and head share one matrix; None means to look.
+
+    Raises:
+        InputError: a parameter without a role; no `width` where there is neither a configuration nor a placement.
     """
-    plan = {}
-    for name, parameter, role, rule in _named_roles(model):
-        fan_out, fan_in = parameter.shape[-2:] if parameter.ndim > 1 else (1, 1)
-        fan_out //= FUSED.get(name.rpartition(".")[2], 1)
-        sigma = base_std(
-            role, fan_in, fan_out, width=width, base_init=base_init, initializer_range=initializer_range, tied=tied
+    if width is None:
+        owners: list[Any] = [getattr(model, "config", None), *(getattr(m, "placement", None) for m in model.modules())]
+        width = next((owner.hidden_size for owner in owners if hasattr(owner, "hidden_size")), None)
+    if width is None:
+        raise InputError(
+            f"{type(model).__name__} has neither a configuration nor a placement: give init_plan a `width`."
         )
-        mean = {"norm": 1.0, "gain": rule.gain}.get(role, 0.0)
-        plan[name] = Draw(role, mean, sigma * rule.init.get(role, 1.0), BASE_INITS[base_init] if sigma else None)
+    if tied is None:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        tied = any(id(m.weight) in tables for m in model.modules() if isinstance(m, nn.Linear))
+    base: dict[str, Any] = {
+        "width": width,
+        "base_init": base_init,
+        "initializer_range": initializer_range,
+        "tied": tied,
+    }
+    plan = {}
+    for k in known_parameters(model, roles):
+        matrix = k.layout.matrix(k.parameter)
+        fan_out, fan_in = matrix.shape[-2:] if matrix.ndim > 1 else (1, 1)
+        rows = {k.role: fan_out}
+        if len(k.layout.roles) > 1:
+            rows = {role: part.numel() for role, part in k.layout.split(torch.empty(fan_out), -1).items()}
+        sigmas = tuple(
+            base_std(role, fan_in, n, **base) * k.rule.init.get(role, 1.0) * k.scale for role, n in rows.items()
+        )
+        fused = (k.layout, sigmas) if len(sigmas) > 1 or k.layout.transposed else None
+        plan[k.name] = Draw(k.role, k.mean, sigmas[-1], BASE_INITS[base_init] if any(sigmas) else None, fused)
     return plan
 
 
@@ -129,12 +108,17 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
         seed: with the parameter's name it seeds the draw, on CPU in fp32 whatever the parameter's device and dtype.
         prefix: taken off a name before it seeds, so that a body draws the same alone and inside a causal LM.
     """
+    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second, and only who draws needs it
+
     for name, parameter in model.named_parameters():
         if name in plan:
             draw = plan[name]
-            value = torch.full(parameter.shape, draw.mean, dtype=torch.float32, device="cpu")
+            value = torch.as_tensor(draw.mean, dtype=torch.float32, device="cpu").expand(parameter.shape).clone()
             if draw.sigma:
-                value += draw.sigma * standard_normal(parameter.shape, seed, name.removeprefix(prefix), draw.cut)
+                normal = standard_normal(parameter.shape, seed, name.removeprefix(prefix), draw.cut)
+                for one, part in draw.matrices(normal):
+                    part.mul_(one.sigma)
+                value += normal
             if isinstance(parameter, DTensor):  # each process keeps its shard of the same draw
                 value = distribute_tensor(
                     value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -190,8 +174,8 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
     """Hold a freshly drawn model against its plan.
 
     A drawn matrix of n elements passes when its mean and std lie within five standard errors, σ/√n and σ/√(2n), plus
-    the rounding of its dtype; a constant must be constant. Of a parameter that holds many matrices (all experts') each
-    must pass, and the row shows the one that is farthest off.
+    the rounding of its dtype; a constant must be constant. Of a parameter that holds many matrices (all experts', or a
+    fused one's parts) each must pass, and the row shows the one that is farthest off.
 
     Raises:
         InputError: the model is still on meta device and has no values to hold.
@@ -202,35 +186,49 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
             raise InputError(
                 f"{name} is on meta device: call to_empty and init_weights_ before asking for the receipt."
             )
-        draw, matrices = plan[name], parameter.shape[0] if parameter.ndim == 3 else 1
-        value = parameter.double().reshape(matrices * FUSED.get(name.rpartition(".")[2], 1), -1)
-        means, stds, n = value.mean(1), value.std(1, correction=0), value.shape[1]
-        rounding = 2 * torch.finfo(parameter.dtype).eps * max(abs(draw.mean), draw.std)
-        mean_off = (means - draw.mean).abs() - 5 * draw.std / n**0.5 - rounding
-        std_off = (stds - draw.std).abs() - 5 * draw.std / (2 * n) ** 0.5 - rounding
-        off, worst = torch.maximum(mean_off, std_off).max(0)
-        mean, std = means[worst].item(), stds[worst].item()
-        rows.append(ReceiptRow(name, tuple(parameter.shape), draw, mean, std, off.item() <= 0))
+        mean = torch.as_tensor(plan[name].mean, dtype=torch.float64, device=parameter.device)
+        found = []
+        for draw, values in plan[name].matrices(parameter.double() - mean):
+            values = values.reshape(len(parameter) if parameter.ndim == 3 else 1, -1)
+            means, stds, n = values.mean(1), values.std(1, correction=0), values.shape[1]
+            rounding = 2 * torch.finfo(parameter.dtype).eps * max(mean.abs().max().item(), draw.std)
+            mean_off = means.abs() - 5 * draw.std / n**0.5 - rounding
+            std_off = (stds - draw.std).abs() - 5 * draw.std / (2 * n) ** 0.5 - rounding
+            off, at = torch.maximum(mean_off, std_off).nan_to_num(torch.inf).max(0)
+            centre = mean.item() if mean.ndim == 0 else 0.0
+            found.append((off.item(), draw, centre + means[at].item(), stds[at].item()))
+        worst, draw, centre, std = max(found, key=lambda f: f[0])
+        rows.append(ReceiptRow(name, tuple(parameter.shape), draw, centre, std, worst <= 0))
     return InitReceipt(tuple(rows))
 
 
-def matrices_of_blocks(model: nn.Module) -> list[Tensor]:
+def matrices_of_blocks(model: nn.Module, roles: Roles | None = None) -> list[Tensor]:
     """The 2-D weights of attention and feed-forward: what a matrix optimizer such as Muon is for."""
-    outside = {"embedding", "head", "router", *NO_DECAY}
-    return [p for _, p, role, _ in _named_roles(model) if p.ndim == 2 and role not in outside]
+    outside = {"embedding", "head", "router", "projection", *NO_DECAY}
+    return [k.parameter for k in known_parameters(model, roles) if k.parameter.ndim == 2 and k.role not in outside]
 
 
-def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups for AdamW, one per (learning rate, weight decay).
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, eps: float = 1e-8, roles: Roles | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups for AdamW, one per (learning rate, weight decay, ε).
 
     Weight decay falls on matrices alone: not on norms, biases, learned gains and embeddings (nor on a head tied to
-    one). Where the depth rule is `:init+lr` with factor c, the output matrices get learning rate c·η and decay λ/c:
-    the Adam twin of the forward factor c (docs/depth_rules.md).
+    one). Rates, decays and ε are multiplied by the depth rule's factors for the parameter's role: under `:init+lr` with
+    factor c the output matrices get learning rate c·η and decay λ/c, the Adam twin of the forward factor c
+    (docs/depth_rules.md). A group says `eps` only where a rule changes it.
+
+    Args:
+        eps: Adam's ε, which `completep` and `depth-mup` scale.
+        roles: as in `init_plan`.
     """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for _, parameter, role, rule in _named_roles(model):
-        if parameter.requires_grad:
-            c = rule.learning_rate.get(role, 1.0)
-            decay = 0.0 if role in NO_DECAY else weight_decay / c
-            groups.setdefault((c * learning_rate, decay), []).append(parameter)
-    return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+    groups: dict[tuple[float, float, float], list[Tensor]] = {}
+    for k in known_parameters(model, roles):
+        if k.parameter.requires_grad:
+            decay = 0.0 if k.role in NO_DECAY else weight_decay * k.rule.weight_decay.get(k.role, 1.0)
+            rate = learning_rate * k.rule.learning_rate.get(k.role, 1.0)
+            groups.setdefault((rate, decay, k.rule.eps.get(k.role, 1.0)), []).append(k.parameter)
+    return [
+        {"params": ps, "lr": rate, "weight_decay": decay, **({} if factor == 1.0 else {"eps": factor * eps})}
+        for (rate, decay, factor), ps in groups.items()
+    ]

@@ -94,8 +94,10 @@ class Add(nn.Module):
 NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def build_norm(name: str, hidden_size: int, eps: float = 1e-6) -> Norm:
-    """A norm by name: `rmsnorm` or `layernorm`."""
+def build_norm(name: str, hidden_size: int, eps: float = 1e-6, gain: float = 1.0) -> Norm:
+    """A norm by name, `rmsnorm` or `layernorm`, with its initial gain."""
     if name not in NORMS:
         raise unknown("norm", name, NORMS)
-    return NORMS[name](hidden_size, eps)
+    norm = NORMS[name](hidden_size, eps)
+    nn.init.constant_(norm.weight, gain)
+    return norm

@@ -1,16 +1,17 @@
 """Depth rules and base init as pure functions: standard library only, floats in, floats out.
 
-`L` is the number of blocks. A depth rule says by how much each residual branch is damped with depth, and where:
-in the init (`1/sqrt(L)`), in the forward pass (`1/sqrt(L):forward`), or in init and learning rate together
-(`1/sqrt(L):init+lr`), which under Adam is the forward factor written another way (docs/depth_rules.md).
+`L` is the number of blocks, `b` a block's index from 0. A depth rule says by how much each residual branch is damped
+with depth, and where: in the init (`1/sqrt(L)`), in the forward pass (`1/sqrt(L):forward`), or in init and learning
+rate together (`1/sqrt(L):init+lr`), which under Adam is the forward factor written another way (docs/depth_rules.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from spannorm.errors import InputError, unknown
 
@@ -18,107 +19,178 @@ Role = Literal[
     "embedding", "head",
     "q", "k", "v", "attn_out",
     "ffn_gate", "ffn_up", "ffn_down",
-    "router", "norm", "bias", "gain",
+    "router", "projection", "norm", "bias", "gain",
 ]  # fmt: skip
-"""What a parameter does. Init, learning rate and weight decay follow from it and from nothing else."""
+"""What a parameter does; `projection` is a matrix of none of the kinds before it, such as one that a placement owns.
+Init, learning rate and weight decay follow from the role and from nothing else."""
 
 ROLES: tuple[Role, ...] = get_args(Role)
+Branch = Literal["attn", "ffn"]
 
-OUTPUTS: Mapping[str, Role] = {"attn": "attn_out", "ffn": "ffn_down"}
+OUTPUTS: Mapping[Branch, Role] = {"attn": "attn_out", "ffn": "ffn_down"}
 """The matrix that writes each branch's output."""
 
-MATRICES: Mapping[str, tuple[Role, ...]] = {
+MATRICES: Mapping[Branch, tuple[Role, ...]] = {
     "attn": ("q", "k", "v", "attn_out"),
     "ffn": ("ffn_gate", "ffn_up", "ffn_down"),
 }
 """Every matrix of each branch, the output's last."""
 
-_FACTORS = {
-    "none": lambda L: 1.0,
-    "1/sqrt(L)": lambda L: L**-0.5,
-    "1/sqrt(2L)": lambda L: (2 * L) ** -0.5,
-    "1/L": lambda L: 1.0 / L,
-}
-_NAMED = ("deepnorm", "subln", "rezero", "layerscale")
-_WHERE = ("forward", "init+lr", "forward+lr")
-
 
 @dataclass(frozen=True)
 class DepthRule:
-    """A depth rule worked out for one depth: plain floats, nothing to lose on meta device or in a checkpoint."""
+    """A depth rule worked out for one block: plain floats, nothing to lose on meta device or in a checkpoint.
+
+    Tables of factors, by role or by branch; what a table does not name has factor 1.
+    """
 
     name: str
     """The resolved name, as files record it."""
     init: Mapping[Role, float] = field(default_factory=dict)
-    """Factors on the base init's std, by role; a role that is absent has factor 1."""
+    """On the base init's std."""
     learning_rate: Mapping[Role, float] = field(default_factory=dict)
-    """Factors on the learning rate, by role (weight decay is divided by the same factor)."""
-    attn_forward: float = 1.0
-    """Factor on attention's output in the forward pass."""
-    ffn_forward: float = 1.0
-    """Factor on the feed-forward's output in the forward pass."""
+    weight_decay: Mapping[Role, float] = field(default_factory=dict)
+    eps: Mapping[Role, float] = field(default_factory=dict)
+    """On Adam's ε."""
+    forward: Mapping[Branch, float] = field(default_factory=dict)
+    """On the branch's output in the forward pass."""
+    output_gain: Mapping[Branch, float] = field(default_factory=dict)
+    """On the initial gain of the norm that stands on the branch's output."""
     learned: Literal["", "scalar", "vector"] = ""
     """Whether each branch has a learned gain, one for all channels or one for each."""
     gain: float = 1.0
     """The learned gain's initial value."""
 
 
-def depth_rule(name: str, num_layers: int) -> DepthRule:
-    """Work out a depth rule for a depth.
+_FACTORS: Mapping[str, Callable[[int, int], float]] = {
+    "1/sqrt(L)": lambda L, b: L**-0.5,
+    "1/sqrt(2L)": lambda L, b: (2 * L) ** -0.5,
+    "1/L": lambda L, b: 1.0 / L,
+    "1/sqrt(b+1)": lambda L, b: (b + 1) ** -0.5,
+    "1/sqrt(2(b+1))": lambda L, b: (2 * (b + 1)) ** -0.5,
+}
+_PLACES = ("forward", "init+lr", "forward+lr", "gain")
+_ARGUMENTS = re.compile(r"(.*?[^/t(])\(([^()]*)\)")  # NAME(1,2), but not 1/sqrt(2L)
+
+_WRITING: tuple[Role, ...] = ("v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
+_BODY: tuple[Role, ...] = (*MATRICES["attn"], *MATRICES["ffn"])
+
+
+def _mup(alpha: float, ratio: float) -> dict[str, Any]:
+    """Of CompleteP's table, what depth decides; `ratio` is L / L₀."""
+    roles: tuple[Role, ...] = (*_BODY, "router", "projection", "norm", "bias", "gain")
+    return {
+        "forward": dict.fromkeys(MATRICES, ratio**-alpha),
+        "learning_rate": dict.fromkeys(roles, ratio ** (alpha - 1)),
+        "eps": dict.fromkeys(roles, ratio**-alpha),
+    }
+
+
+_NAMED: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "none": lambda L, b: {},
+    "deepnorm": lambda L, b: {"init": dict.fromkeys(_WRITING, (8 * L) ** -0.25)},
+    "subln": lambda L, b: {"init": dict.fromkeys(_WRITING, math.sqrt(math.log(2 * L)))},
+    "rezero": lambda L, b: {"learned": "scalar", "gain": 0.0},
+    "layerscale": lambda L, b: {"learned": "vector", "gain": 0.1 if L <= 18 else 1e-5 if L <= 24 else 1e-6},
+    "ds-init": lambda L, b: {"init": dict.fromkeys(_BODY, (b + 1) ** -0.5)},
+    "wang": lambda L, b: {"init": dict.fromkeys(OUTPUTS.values(), 10**0.5 / L)},
+    "torchtitan": lambda L, b: {"init": dict.fromkeys(("attn_out", "ffn_up", "ffn_down"), (2 * (b + 1)) ** -0.5)},
+    "completep": lambda L, b, base=2.0: _mup(1.0, L / base),
+    "depth-mup": lambda L, b, base=2.0: _mup(0.5, L / base),
+}
+_TAKES = {"gain": 2, "completep": 1, "depth-mup": 1}
+
+
+def depth_rule(name: str, num_layers: int, layer_idx: int = 0) -> DepthRule:
+    """Work out a depth rule for a block.
 
     Args:
-        name: `none`, `1/sqrt(L)`, `1/sqrt(2L)` or `1/L`, then optionally `:ffn` (the FFN branch only), then
-            optionally `:forward`, `:init+lr` (its twin under Adam) or `:forward+lr` (a forward factor, and the learning
-            rate of every matrix of the branch × the same factor: with 1/sqrt(L) Depth-μP's, arXiv 2310.02244);
-            nothing means in the init. Or one of
+        name: `FACTOR[:ffn][:PLACE]`, or a name of its own. FACTOR is `1/sqrt(L)`, `1/sqrt(2L)`, `1/L`, `1/sqrt(b+1)` or
+            `1/sqrt(2(b+1))`; `:ffn` means the FFN branch only; PLACE is
 
+            - nothing: the init of the matrix that writes the branch's output;
+            - `forward`: a constant in the forward pass;
+            - `init+lr`: its twin under Adam: init and learning rate × the factor, weight decay ÷ it;
+            - `forward+lr`: a forward constant; learning rate × it and weight decay ÷ it on all the branch's matrices;
+            - `gain`, or `gain(c_attn,c_ffn)`: the initial gain of the norm on the branch's output, c × the factor
+              (Pangu Ultra, arXiv 2504.07866: `1/sqrt(L):gain(0.283,0.432)`; Arcee Trinity: `1/sqrt(L):gain`).
+
+            The names are
+
+            - `none`;
             - `deepnorm` (arXiv 2203.00555): std × β = (8L)^-1/4 on V, attention-out and the FFN matrices
               (the gate too, for gated FFNs: our reading);
             - `subln` (Magneto, arXiv 2210.06423): std × √ln(2L) on the same matrices;
             - `rezero` (arXiv 2003.04887): a learned scalar per branch that starts at 0;
             - `layerscale` (arXiv 2103.17239): a learned vector per branch that starts at 0.1 up to 18 blocks,
-              1e-5 up to 24, 1e-6 beyond.
-        num_layers: blocks, at least 1.
+              1e-5 up to 24, 1e-6 beyond;
+            - `ds-init` (arXiv 1908.11365, its α = 1): std × 1/√(b+1) on every matrix of the block;
+            - `wang` (GPT-NeoX's wang_init): std × √10/L on both outputs: 2/(L√d) over base init `small`;
+            - `torchtitan` (its depth_init, 0.3.0): std × 1/√(2(b+1)) on attention-out, FFN-up and FFN-down;
+            - `completep`, or `completep(L0)` (arXiv 2505.01618; L0, the base depth, is 2 as in its code): forward
+              × L0/L, Adam's ε × L0/L on all that a block holds; learning rates and weight decay stay;
+            - `depth-mup(L0)`: the same table at α = ½ (Depth-μP, arXiv 2310.02244, as CompleteP's code has it):
+              forward, ε and learning rate × √(L0/L) on all that a block holds; weight decay stays.
+        num_layers: L, at least 1.
+        layer_idx: b.
 
     Raises:
-        InputError: the name does not follow the grammar, or the depth is below 1.
+        InputError: the name does not follow the grammar, an argument is not a positive number, or L is below 1.
     """
     if num_layers < 1:
         raise InputError(f"a model needs at least 1 block; num_layers is {num_layers}.")
-    body: tuple[Role, ...] = ("v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
-    if name == "deepnorm":
-        return DepthRule(name, init=dict.fromkeys(body, (8 * num_layers) ** -0.25))
-    if name == "subln":
-        return DepthRule(name, init=dict.fromkeys(body, math.sqrt(math.log(2 * num_layers))))
-    if name == "rezero":
-        return DepthRule(name, learned="scalar", gain=0.0)
-    if name == "layerscale":
-        gain = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
-        return DepthRule(name, learned="vector", gain=gain)
-
-    factor_name, *suffixes = name.split(":")
-    if factor_name not in _FACTORS:
-        raise unknown("depth rule", name, depth_rule_names())
+    found = _ARGUMENTS.fullmatch(name)
+    word, given = found.groups() if found else (name, None)
+    factor_name, *suffixes = word.split(":")
     ffn_only = suffixes[:1] == ["ffn"]
-    where = suffixes[1:] if ffn_only else suffixes
-    if len(where) > 1 or any(w not in _WHERE for w in where) or (suffixes and factor_name == "none"):
+    places = suffixes[ffn_only:]
+    known = word in _NAMED or (factor_name in _FACTORS and len(places) <= 1 and set(places) <= set(_PLACES))
+    if not known:
         raise unknown("depth rule", name, depth_rule_names())
-    factor = _FACTORS[factor_name](num_layers)
-    branches = ("ffn",) if ffn_only else ("attn", "ffn")
-    if where in (["forward"], ["forward+lr"]):
-        slowed = [role for branch in branches for role in MATRICES[branch]] if where == ["forward+lr"] else []
-        attn = 1.0 if ffn_only else factor
-        return DepthRule(name, learning_rate=dict.fromkeys(slowed, factor), ffn_forward=factor, attn_forward=attn)
-    outputs = {OUTPUTS[branch]: factor for branch in branches if factor != 1.0}
-    return DepthRule(name, init=outputs, learning_rate=outputs if where == ["init+lr"] else {})
+    arguments = _numbers(name, (places or [word])[0], given)
+    if word in _NAMED:
+        return DepthRule(name, **_without_ones(_NAMED[word](num_layers, layer_idx, *arguments)))
+    c = _FACTORS[factor_name](num_layers, layer_idx)
+    branches: tuple[Branch, ...] = ("ffn",) if ffn_only else ("attn", "ffn")
+    outputs = {OUTPUTS[branch]: c for branch in branches}
+    everywhere = {role: c for branch in branches for role in MATRICES[branch]}
+    constants = dict(zip(MATRICES, arguments or (1.0, 1.0), strict=True))
+    tables: dict[str, dict[str, Any]] = {
+        "": {"init": outputs},
+        "forward": {"forward": dict.fromkeys(branches, c)},
+        "init+lr": {"init": outputs, **_slowed(outputs)},
+        "forward+lr": {"forward": dict.fromkeys(branches, c), **_slowed(everywhere)},
+        "gain": {"output_gain": {branch: constants[branch] * c for branch in branches}},
+    }
+    return DepthRule(name, **_without_ones(tables["".join(places)]))
+
+
+def _slowed(factors: Mapping[Role, float]) -> dict[str, Any]:
+    """Learning rate × c, weight decay ÷ c."""
+    return {"learning_rate": factors, "weight_decay": {role: 1 / c for role, c in factors.items()}}
+
+
+def _without_ones(tables: dict[str, Any]) -> dict[str, Any]:
+    return {k: {key: c for key, c in t.items() if c != 1.0} if isinstance(t, dict) else t for k, t in tables.items()}
+
+
+def _numbers(name: str, word: str, given: str | None) -> list[float]:
+    """The arguments in brackets behind a word of a rule's name."""
+    try:
+        numbers = [] if given is None else [float(part) for part in given.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    count = _TAKES.get(word, 0)
+    if len(numbers) not in (0, count) or not all(0 < number < math.inf for number in numbers):
+        takes = f"{count} positive number{'s' if count > 1 else ''} in brackets, or none" if count else "no numbers"
+        raise InputError(f"depth rule {name!r}: {word!r} takes {takes}.")
+    return numbers
 
 
 def depth_rule_names() -> list[str]:
-    """Every name that `depth_rule` takes."""
-    factors = [name for name in _FACTORS if name != "none"]
-    wheres = ["", *(f":{where}" for where in _WHERE)]
-    grammar = [f + branch + where for f in factors for branch in ("", ":ffn") for where in wheres]
-    return ["none", *grammar, *_NAMED]
+    """Every name that `depth_rule` takes, without arguments."""
+    places = ["", *(f":{place}" for place in _PLACES)]
+    return [*_NAMED, *(f + branch + place for f in _FACTORS for branch in ("", ":ffn") for place in places)]
 
 
 BASE_INITS: Mapping[str, float | None] = {
@@ -126,6 +198,7 @@ BASE_INITS: Mapping[str, float | None] = {
     "normal": None,
     "normal_cut": 3.0,
     "megatron": 3.0,
+    "small": None,
     "xavier": None,
 }
 """Every base init, and at how many σ its draw is cut (None: not at all)."""
@@ -143,9 +216,9 @@ def base_std(
 ) -> float:
     """The σ of a parameter before any depth rule: one table, role → σ.
 
-    | role | `fan_in` (ours) | `xavier` | `normal`, `normal_cut` | `megatron` |
+    | role | `fan_in` (ours) | `xavier` | `normal`, `normal_cut` | `megatron`, `small` (arXiv 1910.05895) |
     |---|---|---|---|---|
-    | body matrices, router | fan_in^-1/2 | √(2/(fan_in + fan_out)) | `initializer_range` | (2.5 d)^-1/2 |
+    | body matrices, router, projection | fan_in^-1/2 | √(2/(fan_in + fan_out)) | `initializer_range` | (2.5 d)^-1/2 |
     | head | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
     | embedding | 1 | 1 | `initializer_range` | (2.5 d)^-1/2 |
     | embedding tied to the head (then times √d on input) | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
@@ -163,7 +236,7 @@ def base_std(
         return 0.0
     if base_init in ("normal", "normal_cut"):
         return initializer_range
-    if base_init == "megatron":
+    if base_init in ("megatron", "small"):
         return (2.5 * width) ** -0.5
     if role == "embedding":
         return width**-0.5 if tied else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from spannorm.errors import InputError
 from spannorm.lab import depth_check as lab
 from spannorm.lab.depth_figures import draw
 from spannorm.lab.depth_report import show, words
+from spannorm.lab.depth_theory import DEFAULT, body_of, cases
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
@@ -26,7 +28,7 @@ MEASURED = {"variance", "skip_gain", "total_gain", "attention_share", "ffn_share
 
 @pytest.fixture(scope="module")
 def checked(recipe: Recipe, tokens: TokenData):
-    chosen = lab.stacks(recipe, ["post", "residual"], ["none", "default", "1/sqrt(L)"], [2, 5])
+    chosen = cases(recipe, ["post", "residual"], ["none", "default", "1/sqrt(L)"], [2, 5])
     return chosen, lab.depth_check(chosen, steps=[3, 0], seeds=2, data=tokens.directory)
 
 
@@ -57,7 +59,7 @@ def test_every_stack_is_measured_at_every_step_and_predicted_at_init(checked):
 
 
 def test_training_is_the_engines_and_measuring_leaves_it_alone(recipe, tokens):
-    chosen = lab.stacks(recipe, ["span"], ["none"], [2])
+    chosen = cases(recipe, ["span"], ["none"], [2])
     often = lab.depth_check(chosen, steps=[0, 1, 2, 3], data=tokens.directory)
     once = lab.depth_check(chosen, steps=[3], data=tokens.directory)
     last = [[row for row in results["rows"] if row["step"] == 3] for results in (often, once)]
@@ -91,8 +93,8 @@ def test_words_say_what_was_predicted_and_what_was_measured(checked, capsys, tmp
 
 def test_the_theorys_body_is_the_models(recipe):
     more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
-    (stack,) = lab.stacks(replace(recipe, model={**recipe.model, **more}), ["span"], ["none"], [2])
-    body = lab.body_of(stack.config, 32)
+    (stack,) = cases(replace(recipe, model={**recipe.model, **more}), ["span"], ["none"], [2])
+    body = stack.body
     model = SpanNormForCausalLM(model_config(stack.recipe))
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     assert body.attention_size == attention.q_proj.out_features
@@ -135,7 +137,7 @@ def test_refusals_of_measuring(arguments, tmp_path, monkeypatch):
 
 
 def test_theory_prints_a_table_and_a_verdict_without_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("spannorm.lab.depth_check.SpanNormForCausalLM", None)
+    monkeypatch.setitem(sys.modules, "spannorm.models", None)
     out = tmp_path / "rows.json"
     ran = CliRunner().invoke(app, ["theory", "--placements", "span,pre", "--depths", "8,1000", "--json", str(out)])
     assert ran.exit_code == 0, ran.output
@@ -143,6 +145,6 @@ def test_theory_prints_a_table_and_a_verdict_without_a_model(tmp_path, monkeypat
     assert "span: at 1000 blocks and at initialization choose 1/sqrt(L)." in ran.output
     rows = json.loads(out.read_text())["rows"]
     gain = next(r for r in rows if (r["depth"], r["quantity"], r["depth_rule"]) == (1000, "total_gain", "1/sqrt(L)"))
-    body = lab.body_of(lab.stacks(lab.DEFAULT, ["span"], ["default"], [8])[0].config, 64)
+    body = body_of(DEFAULT)
     assert gain["predicted"] == pytest.approx(math.exp(theory.predict("span", 1000, body=body).log_total_gain))
     assert gain["measured"] is None

@@ -60,7 +60,7 @@ def test_the_file_records_what_was_resolved(tiny_config, tmp_path):
 
 def test_the_configuration_builds_the_placement_it_describes(tiny_config):
     config = tiny_config(depth_rule="1/L:forward", norm="layernorm", rms_norm_eps=1e-3)
-    placement = config.build_placement(2)
+    placement = config.stack.block(2, config.hidden_size)
     assert (placement.layer_idx, placement.num_layers, placement.hidden_size) == (2, 3, 16)
     assert (placement.norm_name, placement.eps, placement.rule.name) == ("layernorm", 1e-3, "1/L:forward")
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from arms import FULL_RULES, init_factor, rate_factor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -17,7 +18,7 @@ from spannorm.init import parameter_groups
 from spannorm.models import SpanNormForCausalLM
 from spannorm.models.experts import MixtureOfExperts
 from spannorm.placements import PLACEMENTS
-from spannorm.scaling import depth_rule, depth_rule_names
+from spannorm.scaling import depth_rule
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -246,7 +247,7 @@ def test_a_saved_mixture_comes_back_exactly_with_a_clean_receipt(moe_config, tmp
     assert torch.equal(again(x).logits, built.eval()(x).logits)
 
 
-@pytest.mark.parametrize("rule", depth_rule_names())
+@pytest.mark.parametrize("rule", FULL_RULES)
 @pytest.mark.parametrize("base_init", ["fan_in", "xavier", "normal"])
 def test_a_depth_rule_reaches_every_expert_and_the_shared_one_and_leaves_the_router(moe_config, rule, base_init):
     depth = 27
@@ -256,25 +257,22 @@ def test_a_depth_rule_reaches_every_expert_and_the_shared_one_and_leaves_the_rou
                 depth_rule=rule, base_init=base_init, shared_expert_intermediate_size=10, num_hidden_layers=depth
             )
         )
-    plan = model.init_plan()
-    word = rule.split(":")[0]
-    inner = {"deepnorm": (8 * depth) ** -0.25, "subln": math.sqrt(math.log(2 * depth))}.get(rule, 1.0)
-    written = {"1/sqrt(L)": depth**-0.5, "1/sqrt(2L)": (2 * depth) ** -0.5, "1/L": 1 / depth}.get(word, inner)
-    down = inner if ":forward" in rule else written
+    plan, b = model.init_plan(), 3
 
-    def std(fan_in: int, fan_out: int) -> float:
-        return {"fan_in": fan_in**-0.5, "xavier": (2 / (fan_in + fan_out)) ** 0.5, "normal": 0.02}[base_init]
+    def std(leaf: str, fan_in: int, fan_out: int) -> float:
+        base = {"fan_in": fan_in**-0.5, "xavier": (2 / (fan_in + fan_out)) ** 0.5, "normal": 0.02}[base_init]
+        return init_factor(rule, leaf, b, depth) * base
 
-    at = "model.layers.3.mlp"
-    assert plan[f"{at}.experts.gate_up_proj"].std == pytest.approx(inner * std(16, 12))
-    assert plan[f"{at}.experts.down_proj"].std == pytest.approx(down * std(12, 16))
-    assert plan[f"{at}.shared_expert.gate_proj.weight"].std == pytest.approx(inner * std(16, 10))
-    assert plan[f"{at}.shared_expert.up_proj.weight"].std == pytest.approx(inner * std(16, 10))
-    assert plan[f"{at}.shared_expert.down_proj.weight"].std == pytest.approx(down * std(10, 16))
-    assert plan[f"{at}.gate.weight"].std == pytest.approx(std(16, 5))
-    # the fused matrix has one std: no rule may tell gate from up
-    worked = depth_rule(rule, depth)
-    for factors in (worked.init, worked.learning_rate):
+    at = f"model.layers.{b}.mlp"
+    gate_up = plan[f"{at}.experts.gate_up_proj"]
+    assert gate_up.fused[1] == pytest.approx((std("gate_proj", 16, 12), std("up_proj", 16, 12)))
+    assert plan[f"{at}.experts.down_proj"].std == pytest.approx(std("down_proj", 12, 16))
+    assert plan[f"{at}.shared_expert.gate_proj.weight"].std == pytest.approx(std("gate_proj", 16, 10))
+    assert plan[f"{at}.shared_expert.up_proj.weight"].std == pytest.approx(std("up_proj", 16, 10))
+    assert plan[f"{at}.shared_expert.down_proj.weight"].std == pytest.approx(std("down_proj", 10, 16))
+    assert plan[f"{at}.gate.weight"].std == pytest.approx(std("router", 16, 5))
+    worked = depth_rule(rule, depth, b)  # one parameter has one rate: no rule may tell gate from up
+    for factors in (worked.learning_rate, worked.weight_decay, worked.eps):
         assert factors.get("ffn_gate", 1.0) == factors.get("ffn_up", 1.0)
 
     rates = {
@@ -282,11 +280,11 @@ def test_a_depth_rule_reaches_every_expert_and_the_shared_one_and_leaves_the_rou
         for g in parameter_groups(model, learning_rate=0.01, weight_decay=0.1)
         for p in g["params"]
     }
-    slow = {"1/sqrt(L)": depth**-0.5, "1/sqrt(2L)": (2 * depth) ** -0.5, "1/L": 1 / depth}.get(word, 1.0)
-    down_rate = slow if rule.endswith("+lr") else 1.0
-    up_rate = slow if rule.endswith(":forward+lr") else 1.0
-    for name, factor in (("experts.down_proj", down_rate), ("experts.gate_up_proj", up_rate), ("gate.weight", 1.0)):
-        assert rates[id(model.get_parameter(f"{at}.{name}"))] == pytest.approx((0.01 * factor, 0.1 / factor)), name
+    leaves = {"experts.down_proj": "down_proj", "experts.gate_up_proj": "up_proj", "gate.weight": "gate"}
+    for name, leaf in leaves.items():
+        factor = rate_factor(rule, leaf, b, depth)
+        decay = 0.1 if rule == "depth-mup" else 0.1 / factor
+        assert rates[id(model.get_parameter(f"{at}.{name}"))] == pytest.approx((0.01 * factor, decay)), name
 
 
 @pytest.mark.parametrize("half", [0, 1])

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from arms import ARMS, NO_FINAL_NORM
+from facts import FACTS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
 
@@ -105,19 +106,6 @@ def test_no_token_sees_a_later_one(tiny_config, placement, qk_norm):
         assert (reach[0, : t + 1].abs().amax(-1) > 0).all()
 
 
-# Under ReZero: the norms that stand on a stream, and not inside a branch that is multiplied by 0.
-ON_THE_STREAM = {
-    "post": ("attn_norm", "ffn_norm"),
-    "deepnorm": ("attn_norm", "ffn_norm"),
-    "span": ("ffn_norm",),
-    "hybrid": ("ffn_norm",),
-    "hybrid_star": ("ffn_norm",),
-    "residual": ("attn_norm", "ffn_norm", "readout_norm"),
-    "siamese": ("attn_x_norm", "ffn_x_norm", "readout_norm"),
-    "keel": ("attn_outer_norm", "ffn_outer_norm"),
-}
-
-
 def silent_at_start(placement: str, rule: str, name: str) -> bool:
     """Whether a parameter can have no gradient yet, because a gain of 0 stands behind it.
 
@@ -129,7 +117,7 @@ def silent_at_start(placement: str, rule: str, name: str) -> bool:
     if rule != "rezero" or "layers" not in name:
         return False
     gains = ("ffn_scale",) if placement == "span" else ("attn_scale", "ffn_scale")
-    norms = ON_THE_STREAM.get(placement, ())
+    norms = FACTS[placement].stream_norms
     if placement == "hybrid_star" and "layers.0." in name:
         norms = ()  # PreNorm's block
     return not name.endswith((*gains, *(f"placement.{norm}.weight" for norm in norms)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from arms import FULL
+from facts import FACTS
 from torch import Tensor, nn
 
 from spannorm.init import parameter_groups
@@ -43,7 +44,7 @@ def train(model: SpanNormForCausalLM, grouped: bool = True) -> tuple[Tensor, Ten
 
 
 # A norm between the output matrix and the skip undoes a factor on the matrix: there, and only there, it is no twin.
-NORMED_OUTPUT = ("peri", "olmo2", "normformer")
+NORMED_OUTPUT = [name for name, fact in FACTS.items() if fact.output_norms]
 TWINS = [(p, rule) for p in PLACEMENTS for rule in (FACTOR if p in FULL else ["1/sqrt(2L)"])]
 
 

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from facts import FACTS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,8 +26,6 @@ from spannorm.models import SpanNormForCausalLM
 from spannorm.placements import PLACEMENTS, Placement, register_placement
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-RECOMMENDED = {"span": "fan_in", "olmo2": "normal_cut", "hybrid": "megatron", "hybrid_star": "megatron"}
-RECOMMENDED |= dict.fromkeys(("post", "deepnorm", "subln", "residual"), "xavier")
 
 
 def randomized(model: SpanNormForCausalLM) -> SpanNormForCausalLM:
@@ -40,7 +39,7 @@ def randomized(model: SpanNormForCausalLM) -> SpanNormForCausalLM:
 @pytest.mark.parametrize("recommended", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_receipt_is_clean_built_on_meta_device_and_reloaded(tiny_config, tmp_path, placement, recommended):
-    base = RECOMMENDED.get(placement, "normal") if recommended else "fan_in"
+    base = FACTS[placement].base_init if recommended else "fan_in"
     config = tiny_config(placement=placement, base_init=base, hidden_size=32)
     built = SpanNormForCausalLM(config)
     with torch.device("meta"):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from facts import EPS, EQUATIONS, FACTS, WIDTH, Case
 from torch import Tensor, nn
-from zoo_equations import EPS, EQUATIONS, WIDTH, Case
 
 from spannorm.placements import build_placement
 
@@ -93,6 +93,10 @@ class EquationStack:
             points.append(self.equation(b, points[-1], **change))
         return points
 
+    def reaching(self, point: Tensor) -> Tensor:
+        """What of a point reaches the readout."""
+        return FACTS[self.name].readout(self.cases[-1], point) if point.ndim == 4 else point
+
     def gradients(self, points: list[Tensor]) -> list[Tensor]:
         return list(torch.autograd.grad(self.loss_at(points[-1]), points))
 
@@ -102,5 +106,5 @@ def rms(x: Tensor) -> float:
 
 
 def summed(x: Tensor) -> Tensor:
-    """Of two streams the sum."""
+    """Of several streams the sum."""
     return x.sum(-2) if x.ndim == 4 else x

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from arms import TWO_STREAMS
+from arms import SEVERAL_STREAMS
 from equation_stack import DEPTH, RULES, Block, EquationStack, rms, summed
+from facts import EPS, WIDTH
 from torch import Tensor, nn
-from zoo_equations import EPS, WIDTH
 
 from spannorm.errors import InputError
 from spannorm.placements import PLACEMENTS
@@ -110,9 +110,9 @@ def test_a_skipped_block_hands_on_what_it_was_given(stack: EquationStack) -> Non
         for b in range(DEPTH):
             if b != skipped:
                 x = stack.equation(b, x)
-            elif stack.name in TWO_STREAMS and b == 0:
+            elif stack.name in SEVERAL_STREAMS and b == 0:
                 x = torch.stack((x, x), dim=2)  # the streams open
-            elif stack.name in TWO_STREAMS and b == DEPTH - 1:
+            elif stack.name in SEVERAL_STREAMS and b == DEPTH - 1:
                 x = x[..., 0, :] + stack.cases[b].N(x[..., 1, :], "readout_norm")  # and close
         expected.append(stack.loss_at(x).item() - whole)
     assert block_skip_costs(stack.blocks, stack.loss) == pytest.approx(expected, **close)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from arms import TWO_STREAMS
+from arms import SEVERAL_STREAMS
 from equation_stack import BATCH, DEPTH, LENGTH, RULES, Block, EquationStack, rms, summed
+from facts import FACTS, WIDTH
 from torch import Tensor, nn
-from zoo_equations import WIDTH
 
 from spannorm import Placement
 from spannorm.errors import InputError
@@ -20,22 +20,6 @@ from spannorm.placements import PLACEMENTS, build_placement
 from spannorm.probes import Probe, measure
 
 close = {"rel": 1e-10, "abs": 1e-12}
-
-# Where each branch is added: into what a norm reads, or into a sum that leaves the block without a norm.
-PRE, POST = {"attn": "out", "ffn": "out"}, {"attn": "attn_norm", "ffn": "ffn_norm"}
-SUMS: dict[str, Callable[[int], dict[str, str]]] = {
-    **dict.fromkeys(("pre", "peri", "olmo2", "lns", "subln", "normformer"), lambda b: PRE),
-    **dict.fromkeys(("post", "span", "deepnorm"), lambda b: POST),
-    "hybrid": lambda b: {"attn": "ffn_norm", "ffn": "out"},
-    "hybrid_star": lambda b: PRE if b == 0 else {"attn": "ffn_norm", "ffn": "out"},
-    "mix": lambda b: POST if b == 0 else PRE,
-    "keel": lambda b: {"attn": "attn_outer_norm" if b else "ffn_norm", "ffn": "ffn_outer_norm"},
-    "residual": lambda b: {**POST, "attn_2": "second", "ffn_2": "second"},
-    "siamese": lambda b: {"attn": "attn_x_norm", "ffn": "ffn_x_norm", "attn_2": "second", "ffn_2": "second"},
-}
-# The sums that no norm of the same block reads with its branch, by the record's name for them.
-ADDS = dict.fromkeys(PLACEMENTS, ("ffn_add",)) | dict.fromkeys(("post", "span", "deepnorm", "keel"), ())
-ADDS |= dict.fromkeys(("olmo2", "residual", "siamese"), ("attn_add", "ffn_add"))
 
 
 def zero(f: Tensor) -> Tensor:
@@ -53,7 +37,7 @@ def site_value(stack: EquationStack, b: int, x: Tensor, site: str, **change: Cal
 def skip_and_branch(stack: EquationStack, b: int, x: Tensor, which: str) -> tuple[Tensor, Tensor]:
     """The two parts of a sum: the skip is what is left when the branch returns 0. Attention's sum is there before the
     FFN runs, so the FFN is silenced to read it."""
-    site = SUMS[stack.name](b)[which]
+    site = FACTS[stack.name].sums(b)[which]
     branch = which.removesuffix("_2")
     later = {"ffn": zero} if branch == "attn" else {}
     total = site_value(stack, b, x, site, **later)
@@ -71,11 +55,12 @@ def test_signal_gradient_and_loss_are_those_of_the_equations(stack: EquationStac
     points = stack.points()
     gradients = stack.gradients(points)
     assert record.loss == pytest.approx(stack.loss_at(points[-1]).item(), **close)
-    assert record.signal_rms == pytest.approx([rms(p) for p in points], **close)
+    assert record.signal_rms == pytest.approx([rms(stack.reaching(p)) for p in points], **close)
     assert record.gradient_rms == pytest.approx([7 * rms(summed(g)) for g in gradients], **close)
-    two = stack.name in TWO_STREAMS
-    assert len(record.signal_rms_by_stream) == len(record.gradient_rms_by_stream) == (2 if two else 0)
-    for i in range(2 if two else 0):
+    streams = FACTS[stack.name].streams if stack.name in SEVERAL_STREAMS else 0
+    assert len(record.signal_rms_by_stream) == len(record.gradient_rms_by_stream) == streams
+    assert not record.unmatched
+    for i in range(streams):
         inner = slice(1, DEPTH)
         assert record.signal_rms_by_stream[i][inner] == pytest.approx([rms(p[..., i, :]) for p in points[inner]])
         assert record.gradient_rms_by_stream[i][inner] == pytest.approx(
@@ -97,7 +82,7 @@ def test_sites_branches_and_sums_are_those_of_the_equations(stack: EquationStack
             assert record.variance[name][b] == pytest.approx(read.square().mean().item(), **close), name
         for branch, returned in case.returns.items():
             assert record.branch_rms[branch][b] == pytest.approx(rms(returned), **close), branch
-        for which in SUMS[stack.name](b):
+        for which in FACTS[stack.name].sums(b):
             skip, branch = skip_and_branch(stack, b, x, which)
             rho = (skip * branch).sum() / (skip.norm() * branch.norm())
             assert record.added_rms[which][b] == pytest.approx(rms(branch), **close), which
@@ -105,17 +90,17 @@ def test_sites_branches_and_sums_are_those_of_the_equations(stack: EquationStack
         if stack.name == "mix" and b == 0:  # a PostNorm block
             assert math.isnan(record.variance["ffn_add"][b])
             continue
-        for name in ADDS[stack.name]:
-            which = name.removesuffix("_add") + ("_2" if stack.name in TWO_STREAMS else "")
+        for name in FACTS[stack.name].adds:
+            which = name.removesuffix("_add") + ("_2" if stack.name in SEVERAL_STREAMS else "")
             total = sum(skip_and_branch(stack, b, x, which)).square().mean().item()
             assert record.variance[name][b] == pytest.approx(total, **close), name
-    assert set(record.variance) == norms | set(ADDS[stack.name])
-    assert set(record.rho) == set(record.added_rms) == set(SUMS[stack.name](1))
+    assert set(record.variance) == norms | set(FACTS[stack.name].adds)
+    assert set(record.rho) == set(record.added_rms) == set(FACTS[stack.name].sums(1))
 
 
 def test_cosines_ranks_and_spectra_are_their_definitions(stack: EquationStack) -> None:
     record = measure(stack.blocks, stack.loss, spectrum=True)
-    points = [summed(p).detach() for p in stack.points()]
+    points = [stack.reaching(p).detach() for p in stack.points()]
     cosine = torch.nn.functional.cosine_similarity
     for point, x in enumerate(points):
         pairs = [

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from facts import EQUATIONS
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from rewire_families import FAMILIES, checkpoint, in_float64, tiny_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
-from zoo_equations import EQUATIONS
 
 import spannorm
 from spannorm.models.modeling import CACHE

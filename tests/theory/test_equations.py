@@ -8,14 +8,15 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from facts import FACTS
 
 from spannorm import theory
 from spannorm.errors import InputError
-from spannorm.placements import PLACEMENTS, build_placement, placement_options
+from spannorm.placements import PLACEMENTS, Stack, build_placement
 from spannorm.scaling import depth_rule
 from spannorm.theory.body import Attention, FeedForward
 from spannorm.theory.kernel import ACTIVATIONS, Positions, Softmax, correlated_mean
-from spannorm.theory.recursion import Block
+from spannorm.theory.recursion import Walk
 
 module = import_module("spannorm.theory.predict")  # the package's `predict` is the function
 ONE = theory.Body(sequence_length=1, eps=0.0)
@@ -72,17 +73,12 @@ def test_a_lone_token_follows_the_power_recursion(placement, rule, depth):
     assert p.log_total_gain == pytest.approx(total, rel=1e-4, abs=1e-6)
 
 
-def test_spannorms_skip_path_decays_half_as_fast_as_postnorms_in_the_idealization():
-    # v = u = 1: a unit FFN too. RMSNorm before down-projection brings the branch to unit variance.
-    block = Block(ONE, depth_rule("none", 1), 0, 2, {(0, 0): np.ones((2, 1))}, {"ffn_down": "width"})
-    post = theory.PLACEMENTS["post"].block(block, block.stream())
-    block.leave(*post)
-    power_post = block.backward({(0, 0): np.ones((2, 1))}, ("attn", "ffn"))[0, 0][0, 0]
-    block = Block(ONE, depth_rule("none", 1), 1, 2, {(0, 0): np.ones((2, 1))}, {"ffn_down": "width"})
-    block.leave(*theory.PLACEMENTS["span"].block(block, block.stream()))
-    power_span = block.backward({(0, 0): np.ones((2, 1))}, ("attn", "ffn"))[0, 0][0, 0]
-    assert power_post == pytest.approx(1 / 4)
-    assert power_span == pytest.approx(1 / 2)
+@pytest.mark.parametrize("name,power", [("post", 1 / 4), ("span", 1 / 2)])
+def test_spannorms_skip_path_decays_half_as_fast_as_postnorms_in_the_idealization(name, power, monkeypatch):
+    # v = u = 1: a unit FFN too. A norm before down-projection brings the branch to unit variance.
+    monkeypatch.setattr(PLACEMENTS[name], "inner_norms", {"ffn_down": "width"})
+    walk = Walk(ONE, Stack(name, 2, "none"), 1, {(0, 0): np.ones((2, 1))})
+    assert walk.backward({(0, 0): np.ones((2, 1))}, ("attn", "ffn"))[0, 0][0, 0] == pytest.approx(power)
 
 
 @pytest.mark.parametrize("rule,limit", [("1/sqrt(L)", -0.5), ("1/sqrt(2L)", -0.25)])
@@ -172,29 +168,23 @@ def test_attention_to_independent_tokens_with_flat_logits_averages_them():
     np.testing.assert_allclose(attention.mixed[1:][off], (1 / later)[off], rtol=1e-6)
 
 
-def test_the_theory_knows_every_placement_and_what_each_consists_of():
-    assert list(theory.PLACEMENTS) == list(PLACEMENTS)
-    for name, known in theory.PLACEMENTS.items():
-        blocks = [build_placement(name, hidden_size=8, layer_idx=i, num_layers=4) for i in range(4)]
-        assert known.default_depth_rule == blocks[0].rule.name
-        assert known.streams == (2 if name in ("residual", "siamese") else 1)
-        assert dict(known.inner_norms) == {k: v for k, v in blocks[0].inner_norms.items() if k != "head_scale"}
-        p = theory.predict(name, 4, body=ONE)
-        norms = {norm for block in blocks for norm in block.norms()}
-        assert set(p.variance) - {"output"} == norms
-        for norm in norms:
-            there = [norm in block.norms() for block in blocks]
-            assert [not math.isnan(v) for v in p.variance[norm]] == there
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_theory_reads_every_norm_of_every_placement(name):
+    blocks = [build_placement(name, hidden_size=8, layer_idx=i, num_layers=4) for i in range(4)]
+    p = theory.predict(name, 4, body=ONE)
+    assert p.depth_rule == FACTS[name].rule
+    norms = {norm for block in blocks for norm in block.norms()}
+    assert set(p.variance) - {"output"} == norms
+    for norm in norms:
+        there = [norm in block.norms() for block in blocks]
+        assert [not math.isnan(v) for v in p.variance[norm]] == there
 
 
-def test_the_theory_takes_every_option():
+@pytest.mark.parametrize("name", [name for name, fact in FACTS.items() if fact.options])
+def test_the_theory_takes_every_option(name):
     scaled = replace(ONE, embedding_multiplier=3.0)
-    options = {"initial_norm": "none", "alpha": 3.0, "post_fraction": 0.5, "embedding_norm": True}
-    for name in PLACEMENTS:
-        for option in placement_options(name):
-            given = theory.predict(name, 4, body=scaled, **{option: options[option]})
-            default = theory.predict(name, 4, body=scaled)
-            assert given.total_attention_share != default.total_attention_share
+    given = theory.predict(name, 4, body=scaled, **FACTS[name].options)
+    assert given.total_attention_share != theory.predict(name, 4, body=scaled).total_attention_share
 
 
 @pytest.mark.parametrize("rule", ["none", "1/sqrt(L)"])
@@ -219,7 +209,7 @@ def test_ten_thousand_blocks_are_worked_out_as_a_few_hundred():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="placement in the theory"):
+    with pytest.raises(InputError, match="unknown placement"):
         theory.predict("spam", 4)
     with pytest.raises(InputError, match="depth rule"):
         theory.predict("span", 4, depth_rule="1/sqrt(l)")

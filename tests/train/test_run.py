@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spannorm import kernels
 from spannorm.errors import InputError, Stopped
-from spannorm.init import role_of
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.checkpoints import last_complete, seal
 from spannorm.train.data import TokenData
@@ -152,14 +151,14 @@ def test_checkpointing_bf16_and_other_kernels_train(
 def test_decay_and_learning_rate_go_by_role(recipe: Recipe, tmp_path: Path) -> None:
     rule = replace(recipe, model={**recipe.model, "depth_rule": "1/L:init+lr", "vocab_size": 257})
     model = SpanNormForCausalLM(model_config(rule))
-    engine = Engine(model, arguments(rule.train, tmp_path))
+    engine, plan = Engine(model, arguments(rule.train, tmp_path)), model.init_plan()
     names = {id(p): n for n, p in model.named_parameters()}
     seen = {}
     for group in engine.create_optimizer().param_groups:
         seen |= {names[id(p)]: (group["lr"], group["weight_decay"]) for p in group["params"]}
     assert seen.keys() == set(names.values())
     for name, (rate, decay) in seen.items():
-        role = role_of(name)
+        role = plan[name].role
         c = 0.5 if role in ("attn_out", "ffn_down") else 1.0
         assert rate == pytest.approx(0.01 * c), name
         assert decay == pytest.approx(0.0 if role in ("norm", "embedding") else 0.1 / c), name

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from spannorm import theory
 from spannorm.files import write_bytes
 from spannorm.lab.arms import Look, looks
-from spannorm.lab.depth_check import Stack, body_of
+from spannorm.lab.depth_theory import Case
 from spannorm.lab.panels import STYLE, WIDTH, plain_log
 
 Results = Mapping[str, Any]
 
 
-def draw(chosen: Sequence[Stack], results: Results, path: Path) -> list[Path]:
+def draw(chosen: Sequence[Case], results: Results, path: Path) -> list[Path]:
     """Skip gain and total gain against depth: lines predicted, points measured. Where stacks were trained, a second
     file, `<name>-training`, shows the deepest ones through it. Returns the files."""
     figures = {path: lambda: gains(chosen, results)}
@@ -35,10 +35,10 @@ def draw(chosen: Sequence[Stack], results: Results, path: Path) -> list[Path]:
     return list(figures)
 
 
-def gains(chosen: Sequence[Stack], results: Results) -> Figure:
+def gains(chosen: Sequence[Case], results: Results) -> Figure:
     """Against depth."""
     rows = results["rows"]
-    arms: dict[tuple[str, str], list[Stack]] = {}
+    arms: dict[tuple[str, str], list[Case]] = {}
     for stack in chosen:
         arms.setdefault(stack.key[:2], []).append(stack)
     look = looks(arms)
@@ -75,7 +75,7 @@ def gains(chosen: Sequence[Stack], results: Results) -> Figure:
     return figure
 
 
-def training(chosen: Sequence[Stack], results: Results) -> Figure:
+def training(chosen: Sequence[Case], results: Results) -> Figure:
     """Through training, the deepest stack of each arm: skip–branch correlation, gradient, rank by layer at the end."""
     deepest = max(stack.key[2] for stack in chosen)
     arms = [stack.key[:2] for stack in chosen if stack.key[2] == deepest]
@@ -119,12 +119,13 @@ def _when(step: int) -> str:
     return f"after {step} steps" if step else "at initialization"
 
 
-def _line(ax: Any, arm: tuple[str, str], members: Sequence[Stack], quantity: str, look: Look, repeat: float) -> None:
-    stack = members[0]
-    body = body_of(stack.config, stack.recipe.train.sequence_length, repeat)
-    ends = [stack.key[2] for stack in members]
+def _line(ax: Any, arm: tuple[str, str], members: Sequence[Case], quantity: str, look: Look, repeat: float) -> None:
+    ends = [case.key[2] for case in members]
     depths = sorted({round(depth) for depth in np.geomspace(min(ends), max(ends), 12)})
-    options = stack.config.placement_options or {}
-    found = [theory.predict(arm[0], depth, depth_rule=arm[1], body=body, **options) for depth in depths]
+    try:
+        found = [members[0].predicted(repeat, depth) for depth in depths]
+    except theory.NoRule:  # the words say so
+        ax.plot([], [], label=" ".join(arm), **look.line)
+        return
     logs = [p.log_skip_gain if quantity == "skip_gain" else p.log_total_gain for p in found]
     ax.plot(depths, [math.exp(max(min(v, 700), -700)) for v in logs], label=" ".join(arm), **look.line)

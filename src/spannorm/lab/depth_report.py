@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from spannorm import theory
+from spannorm.console import wide_console
 from spannorm.files import write_json
-from spannorm.lab.depth_check import Stack, body_of, predicted
-from spannorm.lab.depth_figures import Results, draw
-from spannorm.train.display import wide_console
+from spannorm.lab.depth_theory import Case
 
 COLUMNS = {
     "variance": "variance", "skip_gain": "skip path", "total_gain": "gradient", "attention_share": "by attn",
@@ -33,7 +33,7 @@ TITLE = (
 
 
 @contextmanager
-def progress(count: int) -> Iterator[Callable[[Stack], None]]:
+def progress(count: int) -> Iterator[Callable[[Case], None]]:
     """A live line that is told of every stack as it begins."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -42,16 +42,16 @@ def progress(count: int) -> Iterator[Callable[[Stack], None]]:
     with bar:
         task = bar.add_task("preparing the text", total=count, completed=-1)
 
-        def on_stack(stack: Stack) -> None:
+        def on_case(stack: Case) -> None:
             placement, rule, depth = stack.key
             bar.update(task, advance=1, description=f"{placement} {rule}, {depth} blocks")
 
-        yield on_stack
+        yield on_case
 
 
 def show(
-    chosen: Sequence[Stack],
-    results: Results,
+    chosen: Sequence[Case],
+    results: Mapping[str, Any],
     json_file: Path | None = None,
     plot: Path | None = None,
     console: Console | None = None,
@@ -65,6 +65,8 @@ def show(
     if json_file:
         write_json(json_file, {**results, "words": sentences})
     if plot:
+        from spannorm.lab.depth_figures import draw  # Matplotlib
+
         for file in draw(chosen, results, plot):
             console.print(f"drawn: {file}", highlight=False, soft_wrap=True)
 
@@ -98,7 +100,7 @@ def _figure(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
-def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
+def words(chosen: Sequence[Case], results: Mapping[str, Any]) -> list[str]:
     """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
     placement, the rule to choose."""
     repeat, last_step = results["repeat"], max(row["step"] for row in results["rows"])
@@ -106,24 +108,29 @@ def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
     for row in results["rows"]:
         if row["quantity"] == "total_gain" and row["measured"]:
             measured.setdefault((row["placement"], row["depth_rule"], row["depth"]), {})[row["step"]] = row["measured"]
-    deepest: dict[tuple[str, str], Stack] = {}
+    deepest: dict[tuple[str, str], Case] = {}
     for stack in sorted(chosen, key=lambda s: s.key[2]):
         deepest[stack.key[:2]] = stack
     sentences = []
-    last: dict[str, Stack] = {}
+    last: dict[str, Case] = {}
     for (placement, rule), stack in deepest.items():
-        judged = theory.verdict(predicted(stack, repeat), _body(stack, repeat), **_options(stack))
+        why = results.get("unpredicted", {}).get(" ".join(map(str, stack.key)))
+        if why is None:
+            said = theory.verdict(stack.predicted(repeat), _body(stack, repeat), **stack.stack.options).words
+        else:
+            said = f"measured without a prediction ({why.rstrip('.')})"
         gains = [
             f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
             for step, gain in sorted(measured.get(stack.key, {}).items())
             if step in (0, last_step)
         ]
         found = f"; {', '.join(gains)}" if gains else ""
-        sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {judged.words}{found}.")
-        last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
+        sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {said}{found}.")
+        if why is None:
+            last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
     for placement, stack in last.items():
         depth = stack.key[2]
-        advised = theory.advised_rule(placement, depth, _body(stack, repeat), **_options(stack))
+        advised = theory.advised_rule(placement, depth, _body(stack, repeat), **stack.stack.options)
         advice = f"choose {advised}" if advised else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
         sentences.append(f"{placement}: at {depth} blocks and at initialization {advice}.")
         trained = {key[1]: gains[last_step] for key, gains in measured.items()
@@ -135,9 +142,5 @@ def words(chosen: Sequence[Stack], results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _body(stack: Stack, repeat: float) -> theory.Body:
-    return body_of(stack.config, stack.recipe.train.sequence_length, repeat)
-
-
-def _options(stack: Stack) -> dict[str, Any]:
-    return stack.config.placement_options or {}
+def _body(case: Case, repeat: float) -> theory.Body:
+    return replace(case.body, repeat=repeat)

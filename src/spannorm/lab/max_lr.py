@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spannorm.console import wide_console
 from spannorm.lab.plan import RATE
 from spannorm.lab.summary import condition
 from spannorm.lab.tolerance import tolerances
-from spannorm.train.display import wide_console
 from spannorm.train.ramp import PEAK, SHARE, SHARES
 from spannorm.train.recipe import CompareRecipe, Recipe
 

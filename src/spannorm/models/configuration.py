@@ -8,8 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from spannorm.errors import InputError, unknown
-from spannorm.norms import NORMS
-from spannorm.placements import PLACEMENTS, Placement, build_placement
+from spannorm.placements import Stack
 from spannorm.scaling import BASE_INITS
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -74,13 +73,9 @@ class SpanNormConfig(LlamaConfig):
         self._check_sizes()
         if self.num_experts:
             self._check_experts()
-        if self.placement not in PLACEMENTS:
-            raise unknown("placement", self.placement, PLACEMENTS)
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
+        self.depth_rule = self.stack.depth_rule
         if self.base_init not in BASE_INITS:
             raise unknown("base_init", self.base_init, BASE_INITS)
-        self.depth_rule = self.build_placement(0).rule.name
         if self.embedding_multiplier is None:
             scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier")
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
@@ -148,15 +143,8 @@ class SpanNormConfig(LlamaConfig):
         """Whether a block's feed-forward is a mixture of experts."""
         return self.num_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
 
-    def build_placement(self, layer_idx: int) -> Placement:
-        """The placement of one block, as this configuration has it."""
-        return build_placement(
-            self.placement,
-            hidden_size=self.hidden_size,
-            layer_idx=layer_idx,
-            num_layers=self.num_hidden_layers,
-            depth_rule=self.depth_rule,
-            norm=self.norm,
-            eps=self.rms_norm_eps,
-            **(self.placement_options or {}),
-        )
+    @property
+    def stack(self) -> Stack:
+        """The blocks' placements, as this configuration has them."""
+        options = self.placement_options or {}
+        return Stack(self.placement, self.num_hidden_layers, self.depth_rule, options, self.norm, self.rms_norm_eps)

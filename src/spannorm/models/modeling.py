@@ -37,7 +37,7 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
         super().__init__()
-        self.placement = config.build_placement(layer_idx)
+        self.placement = config.stack.block(layer_idx, config.hidden_size)
         self.self_attn = build_attention(config, layer_idx, self.placement.inner_norms)
         self.mlp = build_ffn(config, layer_idx, self.placement.inner_norms)
 
@@ -139,9 +139,8 @@ class SpanNormModel(SpanNormPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(SpanNormDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        ends = config.build_placement(0), config.build_placement(config.num_hidden_layers - 1)
-        self.embedding_norm = self._new_norm() if ends[0].embedding_norm else nn.Identity()
-        self.norm = self._new_norm() if ends[1].final_norm else nn.Identity()
+        self.embedding_norm = self._new_norm() if config.stack.embedding_norm else nn.Identity()
+        self.norm = self._new_norm() if config.stack.final_norm else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -13,22 +13,39 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spannorm.errors import InputError
 from spannorm.norms import Add, Norm, Scale, build_norm
-from spannorm.scaling import DepthRule
+from spannorm.scaling import Branch, DepthRule
 from spannorm.scaling import depth_rule as work_out
 from spannorm.shapes import State, Stream
 
 Sublayer = Callable[[Stream], Stream]
 
 
+class Layout(NamedTuple):
+    """What a placement says of a whole stack."""
+
+    kinds: Mapping[int, type[Placement]]
+    """First block → the class of the blocks from there on; one entry unless placements are mixed over depth."""
+    embedding_norm: bool
+    """Whether the embedding is normalized once, before block 0, by the model."""
+
+
+class Projection(NamedTuple):
+    """A matrix that a placement owns: drawn with std `scale` × the base std of the role `projection`, 0 for zeros."""
+
+    fan_out: int
+    fan_in: int
+    scale: float = 1.0
+
+
 class Placement(nn.Module, ABC):
-    """The norms, skips and branch factors of one block.
+    """The norms, skips, branch factors and learned parameters of one block.
 
     Args:
         hidden_size: channels of the residual stream.
@@ -37,19 +54,23 @@ class Placement(nn.Module, ABC):
         depth_rule: a name of `spannorm.scaling.depth_rule`; None means `default_depth_rule`.
         norm: `rmsnorm` or `layernorm`.
         eps: the norms' epsilon.
+        options: the placement's own, those that `layout` takes.
+
+    Raises:
+        InputError: an unknown rule or norm, a block outside the stack, `:gain` without a norm on the branch's output.
     """
 
     default_depth_rule: ClassVar[str] = "none"
-    recommended_base_init: str = "normal"
+    recommended_base_init: ClassVar[str] = "normal"
     """The base init of the method's own recipe; a comparison on a common body uses the same one for all."""
     final_norm: ClassVar[bool]
     """Whether the stack needs a norm between its last block and the head. It belongs to the model."""
-    embedding_norm: bool = False
-    """Whether the embedding is normalized once, before block 0, by the model."""
     inner_norms: ClassVar[Mapping[str, Literal["head", "width"]]] = {}
     """Norms that live inside a sublayer, put there by whoever builds it: which of q, k, v (the projection's output),
     attn_out, ffn_down (the projection's input), head_scale (a gain per head before attn_out), and whether a norm goes
     over each head by itself or over the whole width."""
+    output_norms: ClassVar[Mapping[str, Branch]] = {}
+    """The norms that stand on a branch's output, and whose: a depth rule's `:gain` sets their initial gain."""
 
     attn_norm: Norm
     ffn_norm: Norm
@@ -63,31 +84,56 @@ class Placement(nn.Module, ABC):
         depth_rule: str | None = None,
         norm: str = "rmsnorm",
         eps: float = 1e-6,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers)
+        self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers, layer_idx)
         if not 0 <= layer_idx < num_layers:
             raise InputError(f"layer_idx must lie in 0 … {num_layers - 1} for {num_layers} blocks; got {layer_idx}.")
+        check_output_norms(type(self), self.rule)
+        self.options = options
+        self.embedding_norm = self.layout(num_layers, **options).embedding_norm
         self.hidden_size, self.layer_idx, self.num_layers = hidden_size, layer_idx, num_layers
         self.norm_name, self.eps = norm, eps
-        self.attn_scale: Scale = self._scale(self.rule.attn_forward)
-        self.ffn_scale: Scale = self._scale(self.rule.ffn_forward)
+        self.attn_scale: Scale = self.rule.forward.get("attn", 1.0)
+        self.ffn_scale: Scale = self.rule.forward.get("ffn", 1.0)
+        for name, value in self.own_gains().items():
+            setattr(self, name, nn.Parameter(value.clone()))
+        for name, p in self.projections().items():
+            setattr(self, name, nn.Parameter(torch.randn(p.fan_out, p.fan_in) * p.scale * p.fan_in**-0.5))
         self.add = Add()
         for name in self.norms():
-            self.add_module(name, build_norm(norm, hidden_size, eps))
+            self.add_module(name, build_norm(norm, hidden_size, eps, gain=self.norm_gain(name)))
         reason = self.discouraged(self.rule)
         if reason is not None and layer_idx == 0:
             warnings.warn(f"{type(self).__name__} with depth rule {self.rule.name!r}: {reason}", stacklevel=2)
 
-    def _scale(self, factor: float) -> Scale:
-        if not self.rule.learned:
-            return factor
-        shape = () if self.rule.learned == "scalar" else (self.hidden_size,)
-        return nn.Parameter(torch.full(shape, self.rule.gain))
+    @classmethod
+    def layout(cls, num_layers: int) -> Layout:
+        """What the placement says of a whole stack. Its own options are taken and checked here, by keyword."""
+        return Layout({0: cls}, embedding_norm=False)
 
     def norms(self) -> tuple[str, ...]:
         """The role names of this block's norms."""
         return "attn_norm", "ffn_norm"
+
+    def norm_gain(self, name: str) -> float:
+        """The initial gain of one of this block's norms."""
+        return self.rule.output_gain.get(self.output_norms[name], 1.0) if name in self.output_norms else 1.0
+
+    def gains(self) -> dict[str, Tensor]:
+        """The method's own learned parameters by name, each with its initial value; weight decay leaves them alone."""
+        return {}
+
+    def own_gains(self) -> dict[str, Tensor]:
+        """`gains`, and before them those of a depth rule that learns one per branch."""
+        shape = () if self.rule.learned == "scalar" else (self.hidden_size,)
+        learned = ("attn_scale", "ffn_scale") if self.rule.learned else ()
+        return {**{name: torch.full(shape, self.rule.gain) for name in learned}, **self.gains()}
+
+    def projections(self) -> dict[str, Projection]:
+        """The matrices that the method owns, by name; they have the role `projection`."""
+        return {}
 
     def discouraged(self, rule: DepthRule) -> str | None:
         """Why the method's authors warn against a depth rule, with the source; None where they do not."""
@@ -113,7 +159,7 @@ class Placement(nn.Module, ABC):
         """The placement's equation."""
 
     def enter(self, x: Stream) -> State:
-        """Embedding → the state the blocks carry. A second stream is opened here."""
+        """Embedding → the state the blocks carry. Further streams are opened here."""
         return x
 
     def exit(self, x: Stream) -> State:
@@ -122,3 +168,13 @@ class Placement(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"block {self.layer_idx} of {self.num_layers}, depth_rule={self.rule.name!r}"
+
+
+def check_output_norms(kind: type[Placement], rule: DepthRule) -> None:
+    """Refuse a `:gain` rule for a placement that has no norm on that branch's output."""
+    for branch in rule.output_gain:
+        if branch not in kind.output_norms.values():
+            raise InputError(
+                f"depth rule {rule.name!r} sets the initial gain of the norm on the {branch} branch's output, and "
+                f"{kind.__name__} has none there: choose a placement that has, such as peri, or a rule without `:gain`."
+            )

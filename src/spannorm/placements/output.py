@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 from spannorm.norms import Norm
-from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.shapes import Stream
 
 
@@ -28,12 +28,13 @@ class PeriLN(Placement):
     """
 
     final_norm = True
+    output_norms = {"attn_output_norm": "attn", "ffn_output_norm": "ffn"}  # noqa: RUF012
     attn_output_norm: Norm
     ffn_output_norm: Norm
 
-    def __init__(self, *, embedding_norm: bool = False, **common: Any) -> None:
-        super().__init__(**common)
-        self.embedding_norm = embedding_norm
+    @classmethod
+    def layout(cls, num_layers: int, *, embedding_norm: bool = False) -> Layout:
+        return Layout({0: cls}, embedding_norm)
 
     def norms(self) -> tuple[str, ...]:
         return "attn_norm", "attn_output_norm", "ffn_norm", "ffn_output_norm"
@@ -60,6 +61,7 @@ class OLMo2Norm(Placement):
     recommended_base_init = "normal_cut"
     final_norm = True
     inner_norms = {"q": "width", "k": "width"}  # noqa: RUF012
+    output_norms = {"attn_norm": "attn", "ffn_norm": "ffn"}  # noqa: RUF012
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         h = self.add(x, self.attn_norm(attn(x)), branch=self.attn_scale)
@@ -83,6 +85,7 @@ class NormFormer(Placement):
 
     final_norm = True
     inner_norms = {"head_scale": "head", "ffn_down": "width"}  # noqa: RUF012
+    output_norms = {"attn_output_norm": "attn"}  # noqa: RUF012
     attn_output_norm: Norm
 
     def norms(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any, final
 
 from spannorm.errors import InputError
 from spannorm.norms import Norm
-from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.scaling import DepthRule
 from spannorm.shapes import Stream
 
@@ -31,6 +31,29 @@ class PostNorm(Placement):
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         h = self.attn_norm(x, attn(x), branch=self.attn_scale)
         return self.ffn_norm(h, ffn(h), branch=self.ffn_scale)
+
+
+@final
+class B2T(Placement):
+    """PostNorm, except that the block's input is also added to the sum before the block's last norm.
+
+           ┌──────────────────────────┐
+        x ─┼─ A ─(+)─ N ─┬─ F ─(+)──(+)─ N ─ x'
+           └─────┘       └─────┘
+
+    Equation: `h = N(x + c·A(x))`, `x' = N(x + h + c·F(h))`.
+    Ends: no final norm.
+    Init: Xavier.
+    Source: B2T Connection, arXiv 2206.00330; takase/b2t_connection, where its encoder's block is this one.
+    Our reading: the base init. It is SpanNorm with the inner skip kept.
+    """
+
+    recommended_base_init = "xavier"
+    final_norm = False
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        h = self.attn_norm(x, attn(x), branch=self.attn_scale)
+        return self.ffn_norm(x + h, ffn(h), branch=self.ffn_scale)
 
 
 @final
@@ -88,11 +111,16 @@ class Keel(Placement):
     attn_outer_norm: Norm
     ffn_outer_norm: Norm
 
-    def __init__(self, *, alpha: float | None = None, **common: Any) -> None:
+    def __init__(self, **common: Any) -> None:
         super().__init__(**common)
+        alpha = self.options.get("alpha") or 2.0 * self.num_layers
+        self.alpha = 1.0 if self.is_first else float(alpha)
+
+    @classmethod
+    def layout(cls, num_layers: int, *, alpha: float | None = None) -> Layout:
         if alpha is not None and not alpha > 1:
             raise InputError(f"Keel's alpha must be above 1; got {alpha}. Leave it out for 2L.")
-        self.alpha = 1.0 if self.is_first else 2.0 * self.num_layers if alpha is None else float(alpha)
+        return Layout({0: cls}, embedding_norm=False)
 
     def norms(self) -> tuple[str, ...]:
         outer = () if self.is_first else ("attn_outer_norm",)

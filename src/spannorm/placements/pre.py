@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, final
 
 from spannorm.errors import InputError
-from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.placements.post import PostNorm
 from spannorm.scaling import OUTPUTS, DepthRule
 from spannorm.shapes import Stream
@@ -92,8 +92,8 @@ class SubLN(Placement):
         return self.add(h, ffn(n), branch=self.ffn_scale)
 
 
-def mix_norm(*, post_fraction: float = 0.25, depth_rule: str | None = None, **common: Any) -> Placement:
-    """PostNorm in the lower blocks, PreNorm in the rest (Mix-LN): a list of placements, not one of its own.
+class MixLN(Placement):
+    """PostNorm in the lower blocks, PreNorm in the rest: a stack of two placements, not one of its own.
 
         blocks 0 … ⌊aL⌋−1:  PostNorm        blocks ⌊aL⌋ … L−1:  PreNorm
 
@@ -105,11 +105,11 @@ def mix_norm(*, post_fraction: float = 0.25, depth_rule: str | None = None, **co
     Args:
         post_fraction: a, from 0 (PreNorm throughout) to 1 (PostNorm throughout, and then no final norm).
     """
-    if not 0 <= post_fraction <= 1:
-        raise InputError(f"Mix-LN's post_fraction must lie in [0, 1]; got {post_fraction}.")
-    # exact: in floats 0.29 · 100 is 28.999…
-    lower = common["layer_idx"] < math.floor(Fraction(str(post_fraction)) * common["num_layers"])
-    cls: type[Placement] = PostNorm if lower else PreNorm
-    block = cls(depth_rule="none" if depth_rule is None else depth_rule, **common)
-    block.recommended_base_init = "normal"  # Mix-LN's, for both kinds
-    return block
+
+    @classmethod
+    def layout(cls, num_layers: int, *, post_fraction: float = 0.25) -> Layout:
+        if not 0 <= post_fraction <= 1:
+            raise InputError(f"Mix-LN's post_fraction must lie in [0, 1]; got {post_fraction}.")
+        lower = math.floor(Fraction(str(post_fraction)) * num_layers)  # exact: in floats 0.29 · 100 is 28.999…
+        kinds = {0: PostNorm if lower else PreNorm, lower: PreNorm}
+        return Layout({b: kind for b, kind in kinds.items() if b < num_layers}, embedding_norm=False)

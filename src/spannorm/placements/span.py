@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import nn
 
 from spannorm.errors import unknown
-from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.shapes import Stream
 
 
@@ -37,17 +37,20 @@ class SpanNorm(Placement):
     recommended_base_init = "fan_in"
     final_norm = False
 
-    def __init__(self, *, initial_norm: str = "attention", **common: Any) -> None:
-        if initial_norm not in ("attention", "embedding", "none"):
-            raise unknown("initial_norm", initial_norm, ["attention", "embedding", "none"])
-        self._reads = initial_norm
+    def __init__(self, **common: Any) -> None:
         super().__init__(**common)
-        self.embedding_norm = initial_norm == "embedding"
         if "initial_norm" not in self.norms():
             self.initial_norm = nn.Identity()
 
+    @classmethod
+    def layout(cls, num_layers: int, *, initial_norm: str = "attention") -> Layout:
+        if initial_norm not in ("attention", "embedding", "none"):
+            raise unknown("initial_norm", initial_norm, ["attention", "embedding", "none"])
+        return Layout({0: cls}, embedding_norm=initial_norm == "embedding")
+
     def norms(self) -> tuple[str, ...]:
-        first = ("initial_norm",) if self._reads == "attention" and self.is_first else ()
+        reads = self.options.get("initial_norm", "attention")
+        first = ("initial_norm",) if reads == "attention" and self.is_first else ()
         return (*first, "attn_norm", "ffn_norm")
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:

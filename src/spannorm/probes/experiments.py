@@ -55,8 +55,8 @@ def measure(
 def block_skip_costs(model: nn.Module, loss_of: Loss, *, blocks: Iterable[int] | None = None) -> list[float]:
     """The rise of the loss, nats per token, when one block is skipped: its output is its input.
 
-    The block's norms are skipped with it. Of two residual streams the first block still opens and the last still
-    closes them. One forward pass per block, and one without a skip.
+    The block's norms are skipped with it. Of several streams the first block still opens and the last still closes
+    them. One forward pass per block, and one without a skip.
 
     Args:
         blocks: which to skip, one at a time; None means all.

@@ -24,7 +24,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 class GradientPaths:
     """Gradients at the L blocks' inputs, over that at the stack's output; amplitudes, RMS over tokens and channels.
 
-    Of two residual streams, the gradient is that of a push on both at once, which is what the embedding gives.
+    Of several residual streams, the gradient is that of a push on all at once, which is what the embedding gives.
     """
 
     log_gain: dict[str, list[float]]

@@ -1,19 +1,20 @@
-"""The probe: hooks on placements and on their norms, that look and touch nothing."""
+"""The probe: it stands around placements, their norms and their sums, looks, and touches nothing."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
-from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting
+from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting, read_out
+from spannorm.probes.flow import Flow
 from spannorm.probes.record import Means, Record
 from spannorm.probes.statistics import (
     apart,
@@ -27,6 +28,8 @@ from spannorm.probes.statistics import (
     unit,
 )
 
+_log = logging.getLogger("spannorm")
+
 
 class Probe(AbstractContextManager["Probe"]):
     """Measures every forward and backward pass inside `with Probe(model) as probe:`, training steps included.
@@ -35,7 +38,8 @@ class Probe(AbstractContextManager["Probe"]):
     `probe.record()` is the mean over all passes since `with`, and over all ranks of torch.distributed.
 
     Args:
-        model: any module whose blocks hold a `placement`; not compiled, since compiled code runs no hooks.
+        model: any module whose blocks hold a `placement`; not compiled, since compiled code runs no hooks. Of a model
+            with several stacks, the part that holds one: `Probe(model.encoder)`.
         similarity: compare every point with every other, O(L²) time; keeps a copy of all streams during a pass.
         rank: singular values of every point, about an eighth of a training step.
         spectrum: hand back the singular values themselves.
@@ -48,20 +52,26 @@ class Probe(AbstractContextManager["Probe"]):
         self.placements = list(find_placements(model).values())
         self._similarity, self._rank, self._spectrum = similarity, rank, spectrum
 
+    _flow: Any = None
+
     def __enter__(self) -> Self:
         self._means = Means()
         self._watching = False
         self._units: list[Tensor] = []
+        self._unmatched: set[tuple[str, int]] = set()
         self._hooks = ExitStack()
         self._hooks.enter_context(intercepting(self.placements, self._entering))
-        handles = [self.placements[-1].register_forward_hook(self._leaving)]
+        self._hooks.callback(self.placements[-1].register_forward_hook(self._leaving).remove)
         for b, placement in enumerate(self.placements):
+            self._replace(placement, "block", self._watched_block(b, placement))
             for name, site in placement.named_children():
                 if not isinstance(site, nn.Identity):
-                    handles.append(site.register_forward_hook(partial(self._at_site, b, name), with_kwargs=True))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
+                    self._replace(site, "forward", self._watched_site(b, name, site))
         return self
+
+    def _replace(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        setattr(module, name, method)  # on the instance, in front of the class's own
+        self._hooks.callback(delattr, module, name)
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
@@ -71,52 +81,77 @@ class Probe(AbstractContextManager["Probe"]):
         self._watching = not _recomputing()
         if not self._watching:
             return x, attn, ffn
-        # Which tensors are a branch's output, so that the sums know which branch they add; which names were used up.
-        self._outputs: list[tuple[Tensor, str]] = []
         self._named: Counter[tuple[str, str]] = Counter()
         self._at_point(b, x)
         return x, self._watched(b, "attn", attn), self._watched(b, "ffn", ffn)
+
+    def _watched_block(self, b: int, placement: Any) -> Callable[..., Any]:
+        def block(x: Tensor, attn: Sublayer, ffn: Sublayer) -> Any:
+            if not self._watching:
+                return type(placement).block(placement, x, attn, ffn)
+            with Flow(lambda *found: self._at_sum(b, "add", *found)) as self._flow:
+                output = type(placement).block(placement, x, attn, ffn)
+            self._unmatched |= {(branch, b) for branch in self._flow.called - self._flow.added}
+            return output
+
+        return block
 
     def _leaving(self, _: nn.Module, __: Any, output: Tensor) -> None:
         self._watch_gradient(len(self.placements), output)
         if self._watching:
             self._at_point(len(self.placements), output)
-            self._outputs.clear()
 
     def _watched(self, b: int, branch: str, sublayer: Sublayer) -> Sublayer:
         def watched(x: Tensor) -> Tensor:
-            output = sublayer(x)
-            self._outputs.append((output, branch))
-            with apart(output):
-                self._add("branch", branch, b, output, power(output))
+            with self._flow.paused():
+                output = sublayer(x)
+                with apart(output):
+                    self._add("branch", branch, b, output, power(output))
+            self._flow.called.add(branch)
+            self._flow.mark(output, branch)
             return output
 
         return watched
 
-    def _at_site(
-        self, b: int, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def _watched_site(self, b: int, name: str, site: nn.Module) -> Callable[..., Any]:
+        """A norm, or the sum that no norm follows."""
+
+        def forward(x: Tensor, f: Tensor | None = None, **scales: Any) -> Any:
+            if not self._watching:
+                return type(site).forward(site, x, f, **scales)
+            with self._flow.paused():
+                output = type(site).forward(site, x, f, **scales)
+                if f is None:
+                    with apart(x):
+                        self._add("variance", self._unique("site", name), b, x, power(x))
+                elif self._flow.branch(x) and not self._flow.branch(f):
+                    self._at_sum(
+                        b, name, self._flow.branch(x), f, x, scales.get("skip", 1.0), scales.get("branch", 1.0)
+                    )
+                else:
+                    self._at_sum(
+                        b, name, self._flow.branch(f), x, f, scales.get("branch", 1.0), scales.get("skip", 1.0)
+                    )
+            if f is None and (
+                branch := self._flow.branch(x)
+            ):  # a norm on a branch's output: what it returns is the branch
+                self._flow.mark(output, branch)
+            return output
+
+        return forward
+
+    def _at_sum(
+        self, b: int, name: str, branch: str, x: Tensor, f: Tensor, factor: Any = 1.0, skip_factor: Any = 1.0
     ) -> None:
-        if not self._watching:
-            return
-        given = {**dict(zip(("x", "f"), args, strict=False)), **kwargs}
-        x, f = given["x"], given.get("f")
-        if f is None:
-            with apart(x):
-                self._add("variance", self._unique("site", name), b, x, power(x))
-            if branch := self._branch(x):  # a norm on the branch's output: what it returns is the branch
-                self._outputs.append((output, branch))
-            return
-        branch = self._branch(f)
         with apart(x):
-            added = torch.stack((exact(x) * given.get("skip", 1.0), exact(f) * given.get("branch", 1.0))).flatten(1)
-            moments = added @ added.T / x.numel()  # ⟨skip²⟩, ⟨skip·branch⟩; ⟨branch·skip⟩, ⟨branch²⟩
+            parts = torch.broadcast_tensors(exact(x) * skip_factor, exact(f) * factor)
+            added = torch.stack(parts).flatten(1)
+            moments = added @ added.T / added.shape[1]  # ⟨skip²⟩, ⟨skip·branch⟩; ⟨branch·skip⟩, ⟨branch²⟩
             site = f"{branch}_add" if name == "add" and branch else name
             self._add("variance", self._unique("site", site), b, x, moments.sum())
             if branch:
+                self._flow.add(branch)
                 self._add("sum", self._unique("sum", branch), b, x, moments)
-
-    def _branch(self, x: Tensor) -> str:
-        return next((name for output, name in self._outputs if output is x), "")
 
     def _unique(self, kind: str, name: str) -> str:
         self._named[kind, name] += 1
@@ -125,10 +160,13 @@ class Probe(AbstractContextManager["Probe"]):
 
     def _at_point(self, point: int, x: Tensor) -> None:
         with apart(x):
-            self._add("signal", "", point, x, power(x))
             if x.ndim == 4:
                 self._add("signal_by_stream", "", point, x, power_by_stream(x))
-            stream = summed(x)
+                watching, self._watching = self._watching, False  # the readout's norm is not run here
+                x = read_out(self.placements[-1], x)
+                self._watching = watching
+            self._add("signal", "", point, x, power(x))
+            stream = exact(x)
             here, before = unit(stream), self._units[-1:]
             self._add("token_cosine", "", point, x, token_cosine(here))
             if before and point > 0:
@@ -184,11 +222,19 @@ class Probe(AbstractContextManager["Probe"]):
         def points(quantity: str, of: Callable[[list[float]], float]) -> list[float]:
             return rows(quantity, of, depth + 1).get("", [math.nan] * (depth + 1))
 
+        streams = max((len(v) for v in means.get("signal_by_stream", {}).get("", {}).values()), default=0)
+
         def by_stream(quantity: str) -> list[list[float]]:
             def rms_of(i: int) -> Callable[[list[float]], float]:
-                return lambda values: math.sqrt(values[i])
+                return lambda values: math.sqrt(values[i]) if i < len(values) else math.nan
 
-            return [points(quantity, rms_of(i)) for i in range(2 if "signal_by_stream" in means else 0)]
+            return [points(quantity, rms_of(i)) for i in range(streams)]
+
+        unmatched = {
+            branch: sorted(b for f, b in self._unmatched if f == branch) for branch, _ in sorted(self._unmatched)
+        }
+        for branch, blocks in unmatched.items():
+            _log.warning("the %s branch's output was found in no sum in blocks %s: no ρ, no added size", branch, blocks)
 
         return Record(
             signal_rms=points("signal", lambda v: math.sqrt(v[0])),
@@ -199,6 +245,7 @@ class Probe(AbstractContextManager["Probe"]):
             branch_rms=rows("branch", lambda v: math.sqrt(v[0]), depth),
             added_rms=rows("sum", lambda v: math.sqrt(v[3]), depth),
             rho=rows("sum", lambda v: v[1] / math.sqrt(v[0] * v[3]) if v[0] * v[3] else math.nan, depth),
+            unmatched=unmatched,
             token_cosine=points("token_cosine", lambda v: v[0]),
             layer_cosine=rows("layer_cosine", lambda v: v[0], depth)[""],
             similarity=_square(means["similarity"][""][0], depth + 1) if self._similarity else None,

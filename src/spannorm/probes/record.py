@@ -15,8 +15,8 @@ class Record:
     """Means over the tokens of everything measured. NaN (`None` in `to_dict`) where nothing was.
 
     L blocks have L+1 points: point 0 is what enters block 0, point l what leaves block l−1. RMS is over tokens and
-    channels. Of two residual streams, signals are the mean of both and gradients, cosines and ranks those of their sum:
-    the gradient is that of a push on both at once, which is what the embedding gives.
+    channels. Of several residual streams, signals, cosines and ranks are those of what reaches the readout: what the
+    stack would hand on if it ended there. Their gradient is that of a push on all at once, as the embedding gives it.
     """
 
     signal_rms: list[float]
@@ -24,19 +24,22 @@ class Record:
     gradient_rms: list[float]
     """RMS of the loss's gradient by the stream, L+1 values."""
     signal_rms_by_stream: list[list[float]]
-    """The same for each of two streams, 2 × (L+1); they are one at point 0 and L. Empty for one stream."""
+    """The same for each of n streams, n × (L+1); they are one at point 0 and L. Empty for one stream."""
     gradient_rms_by_stream: list[list[float]]
-    """The same for each of two streams, 2 × (L+1)."""
+    """The same for each of n streams, n × (L+1)."""
     variance: dict[str, list[float]]
     """Mean square by site: what each norm reads, by the norm's name, and sums that no norm follows (`attn_add`,
     `ffn_add`); L values each."""
     branch_rms: dict[str, list[float]]
     """RMS of what the sublayer returns; `attn` and `ffn`, L values each."""
     added_rms: dict[str, list[float]]
-    """RMS of what is added to the skip: output norm and factor included. A second stream's sum is `attn_2`, `ffn_2`."""
+    """RMS of what is added to the skip: output norm, gate and factor included. A second sum of one branch is `attn_2`,
+    `ffn_2`."""
     rho: dict[str, list[float]]
     """Skip–branch correlation at the sum, ρ = ⟨skip·branch⟩ / √(⟨skip²⟩⟨branch²⟩), means over tokens and channels, so
     that the sum's variance is ⟨skip²⟩ + ⟨branch²⟩ + 2ρ√(⟨skip²⟩⟨branch²⟩)."""
+    unmatched: dict[str, list[int]]
+    """Branches whose output the probe found in no sum, with their blocks: `rho` and `added_rms` do not have them."""
     token_cosine: list[float]
     """Mean cosine between different tokens of a sequence, L+1 values."""
     layer_cosine: list[float]

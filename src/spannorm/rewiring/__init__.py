@@ -1,8 +1,9 @@
 """Put a placement into a Transformers model you already have: `rewire`, and `load` for what it saved."""
 
-from spannorm.rewiring.families import FAMILIES, Family, Fused
-from spannorm.rewiring.persistence import load
+from spannorm.rewiring.families import FAMILIES, Family
+from spannorm.rewiring.loading import load
 from spannorm.rewiring.rewire import Rewiring, rewire
 from spannorm.rewiring.weights import redraw_
+from spannorm.roles import Fused
 
 __all__ = ["FAMILIES", "Family", "Fused", "Rewiring", "load", "redraw_", "rewire"]

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from spannorm.errors import InputError
-from spannorm.scaling import Role
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Several projections stored as one matrix: `groups` times the rows of each role in turn."""
-
-    roles: tuple[Role, ...]
-    sizes: Callable[[Any], tuple[int, ...]] | None = None
-    """Configuration → rows of each role in one group; None means equal parts."""
-    groups: Callable[[Any], int] | None = None
-    """Configuration → how many groups; None means one."""
-
-    def split(self, rows: Tensor, config: Any, dim: int) -> dict[Role, Tensor]:
-        """Each role's part, a view, with `dim` unflattened to (groups, rows)."""
-        grouped = rows.unflatten(dim, (self.groups(config) if self.groups else 1, -1))
-        width = grouped.shape[dim]
-        sizes = self.sizes(config) if self.sizes else (width // len(self.roles),) * len(self.roles)
-        return dict(zip(self.roles, grouped.split(sizes, dim), strict=True))
+from spannorm.roles import GATE_UP, Fused, Roles
 
 
 @dataclass(frozen=True)
@@ -52,12 +32,10 @@ class Family:
         default_factory=lambda: {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     )
     """Role in the placement → the layer's norm. Norms of roles that a placement does not have are dropped."""
-    matrices: Mapping[str, Role | Fused] = field(default_factory=lambda: LLAMA)
+    matrices: Roles = field(default_factory=lambda: LLAMA)
     """What each projection of a layer does; a path that a layer lacks says nothing."""
     own_norms: Mapping[str, str] = field(default_factory=lambda: {"q": "self_attn.q_norm", "k": "self_attn.k_norm"})
     """The family's own norms inside attention, where a layer has them; they stand in for a placement's."""
-    transposed: tuple[str, ...] = ()
-    """Ends of the paths whose matrices are stored (in, out)."""
     dropouts: Mapping[str, str] = field(default_factory=dict)
     """`attn` and `ffn` → the layer's dropout on that branch's output."""
     multiplier: str | None = None
@@ -91,9 +69,7 @@ def _intermediate(config: Any) -> int:
     return config.intermediate_size
 
 
-GATE_UP = Fused(("ffn_gate", "ffn_up"))
-
-LLAMA: Mapping[str, Role | Fused] = {
+LLAMA: Roles = {
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",
     "self_attn.v_proj": "v",
@@ -102,12 +78,12 @@ LLAMA: Mapping[str, Role | Fused] = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-FUSED_QKV: Mapping[str, Role | Fused] = {
+FUSED_QKV: Roles = {
     **LLAMA,
     "self_attn.qkv_proj": Fused(("q", "k", "v"), _grouped_queries),
     "mlp.gate_up_proj": GATE_UP,
 }
-MOE: Mapping[str, Role | Fused] = {
+MOE: Roles = {
     **LLAMA,
     "mlp.gate": "router",
     "mlp.experts.gate_up_proj": GATE_UP,
@@ -149,13 +125,12 @@ FAMILIES: dict[str, Family] = {
         attention="attn",
         norms={"attn_norm": "ln_1", "ffn_norm": "ln_2"},
         matrices={
-            "attn.c_attn": Fused(("q", "k", "v")),
-            "attn.c_proj": "attn_out",
-            "mlp.c_fc": "ffn_up",
-            "mlp.c_proj": "ffn_down",
+            "attn.c_attn": Fused(("q", "k", "v"), transposed=True),
+            "attn.c_proj": Fused(("attn_out",), transposed=True),
+            "mlp.c_fc": Fused(("ffn_up",), transposed=True),
+            "mlp.c_proj": Fused(("ffn_down",), transposed=True),
         },
         own_norms={},
-        transposed=("c_attn", "c_proj", "c_fc"),
         scaled_init="attention-out and FFN-down",
         unsupported={"add_cross_attention": "a placement has two sublayers, and cross-attention is a third"},
     ),
@@ -190,9 +165,9 @@ FAMILIES: dict[str, Family] = {
             **MOE,
             "mlp.router": "router",
             # gate and up alternate row by row
-            "mlp.experts.gate_up_proj": Fused(("ffn_gate", "ffn_up"), groups=_intermediate),
+            "mlp.experts.gate_up_proj": Fused(("ffn_gate", "ffn_up"), groups=_intermediate, transposed=True),
+            "mlp.experts.down_proj": Fused(("ffn_down",), transposed=True),
         },
-        transposed=("experts.gate_up_proj", "experts.down_proj"),
     ),
     "deepseek_v3": Family(
         matrices={

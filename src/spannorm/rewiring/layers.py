@@ -10,7 +10,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
-from spannorm.rewiring.families import Family, Fused
+from spannorm.rewiring.families import Family
+from spannorm.roles import Fused
 from spannorm.shapes import Stream
 
 
@@ -59,7 +60,6 @@ class RewiredLayer:
 class NormedProjection:
     """A projection with norms on what it reads or writes, or a gain per head on what it reads."""
 
-    config: Any
     layout: Fused
     """Whose rows it writes."""
     norm_sizes: dict[str, int]
@@ -75,7 +75,7 @@ class NormedProjection:
         y: Tensor = super().forward(x)  # type: ignore[misc]
         if not self.norm_sizes:
             return y
-        parts = self.layout.split(y, self.config, -1)
+        parts = self.layout.split(y, -1)
         return torch.cat([self._normed(role, part) for role, part in parts.items()], -1).flatten(-2)
 
     def _normed(self, role: str, part: Tensor) -> Tensor:

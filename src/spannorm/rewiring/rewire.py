@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spannorm.errors import InputError, unknown
-from spannorm.placements import Placement, build_placement
+from spannorm.placements import Placement, Stack
 from spannorm.rewiring.adopt import adopt
+from spannorm.rewiring.configuration import RewiredConfig
 from spannorm.rewiring.families import Family, family_of
 from spannorm.rewiring.layers import RewiredLayer
-from spannorm.rewiring.persistence import RewiredConfig
 from spannorm.rewiring.surgery import add_inner_norm, find, fresh_norm, has_own, move_norms, rewire_layer, sites
-from spannorm.rewiring.weights import primary_roles, redraw_, rescale_, tied
+from spannorm.rewiring.weights import parameter_roles, redraw_, rescale_, set_unit_gain, tied
 
 Init = Literal["rescale", "redraw", False]
 
@@ -100,14 +100,12 @@ def rewire(
     loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
     _check_model(model, row, layers, init, loaded)
     init = init if init is not None else False if _is_meta(model) else "rescale"
-    sizes = {"hidden_size": model.config.hidden_size, "num_layers": len(layers)}
-    blocks = [
-        build_placement(placement, layer_idx=b, depth_rule=depth_rule, **sizes, **options) for b in range(len(layers))
-    ]
+    stack = Stack(placement, len(layers), depth_rule, options)
+    blocks = stack.blocks(model.config.hidden_size)
     _check_sites(model, row, layers, placement, blocks)
-    notes = _notes(model, row, layers[-1], placement, blocks[-1], init, loaded)
 
     template = copy.deepcopy(next(norm for path in row.norms.values() if (norm := getattr(layers[0], path))))
+    own_inner = [role for role in stack.inner_norms if has_own(layers[-1], row, role)]
     kept: dict[str, str] = {}
     added: set[str] = set()
     for layer, block in zip(layers, blocks, strict=True):
@@ -119,26 +117,29 @@ def rewire(
         kept |= {role: row.norms[role] for role in block.norms() if role in moved}
         added |= set(block.norms()) - moved
         rewire_layer(layer, row, block)
-    if blocks[0].embedding_norm:
+    if stack.embedding_norm:
         layers[0].embedding_norm = fresh_norm(template, row)
         added.add("embedding_norm")
-    if not blocks[-1].final_norm:
+    if not stack.final_norm:
         setattr(base, row.final_norm, nn.Identity())
+    dropped = tuple(path for path in row.norms.values() if path not in kept.values())
+    changed = bool(added or dropped) or not stack.final_norm
+    notes = _notes(model, row, layers[-1], stack, own_inner, init, loaded, changed)
 
-    rule = blocks[-1].rule.name
-    model.config.rewiring = {"placement": placement, "depth_rule": rule, "options": options}
+    model.config.rewiring = {"placement": placement, "depth_rule": stack.depth_rule, "options": options}
     adopt(model.config, RewiredConfig)
-    model.parameter_roles = primary_roles(model)
+    model.parameter_roles = parameter_roles(model, row)
+    set_unit_gain(model, row.unit_gain)
     weights = rescale_(model) if init == "rescale" else redraw_(model, seed) if init == "redraw" else []
     return Rewiring(
         family=model.config.model_type,
         placement=placement,
-        depth_rule=rule,
+        depth_rule=stack.rule(0).name,
         num_layers=len(layers),
         kept=kept,
         added=tuple(sorted(added)),
-        dropped=tuple(path for path in row.norms.values() if path not in kept.values()),
-        final_norm=blocks[-1].final_norm,
+        dropped=dropped,
+        final_norm=stack.final_norm,
         init=init,
         weights=tuple(weights),
         notes=tuple(notes),
@@ -189,11 +190,17 @@ def _check_sites(model: PreTrainedModel, row: Family, layers: Any, name: str, bl
 
 
 def _notes(
-    model: Any, row: Family, layer: nn.Module, name: str, block: Placement, init: Init, loaded: bool
+    model: Any, row: Family, layer: Any, stack: Stack, own: list[str], init: Init, loaded: bool, changed: bool
 ) -> list[str]:
-    """What the report has to say beyond names of norms. The last layer stands for all."""
-    family, notes = model.config.model_type, []
-    same = name == row.placement and not block.rule.learned and block.attn_scale == block.ffn_scale == 1.0
+    """What the report has to say beyond names of norms. The last layer stands for all.
+
+    Args:
+        own: the family's own norms that stand in for inner ones.
+        changed: whether a norm was added or dropped.
+    """
+    family, block, notes = model.config.model_type, layer.placement, []
+    rule = block.rule
+    same = stack.placement == row.placement and not (changed or rule.learned or rule.forward or rule.output_gain)
     if row.parallel is not None and getattr(layer, row.parallel):
         same = False
         notes.append(f"{family} runs attention and FFN side by side here; the placement runs them in turn")
@@ -201,14 +208,13 @@ def _notes(
         notes.append(f"no longer what {family} computes from the same weights: for training, not for using weights")
     if loaded and (not same or init == "redraw" or (init == "rescale" and block.rule.init)):
         warnings.warn(
-            f"the loaded weights were trained as {family} has them, and rewired to {name!r} they compute something "
-            "else: train the model before you use it.",
+            f"the loaded weights were trained as {family} has them, and rewired to {stack.placement!r} they compute "
+            "something else: train the model before you use it.",
             stacklevel=3,
         )
     if row.multiplier is not None:
         factor = getattr(layer, row.multiplier)
         notes.append(f"each branch keeps {family}'s multiplier {factor}, inside what the placement adds or normalizes")
-    own = [role for role in block.inner_norms if has_own(layer, row, role)]
     if own:
         notes.append(f"{family}'s own norms on {', '.join(own)} stand in for the placement's")
     if "ffn_down" in block.inner_norms and any(isinstance(m, nn.Parameter) for *_, m in sites(layer, row, "ffn_down")):

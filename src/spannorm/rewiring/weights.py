@@ -2,99 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from spannorm.init import role_of, standard_normal
-from spannorm.rewiring.families import Family, Fused, family_of
-from spannorm.scaling import DepthRule, Role, base_std, depth_rule
-
-Parts = dict[Role, Tensor]
-
-
-def named_parts(model: Any) -> Iterator[tuple[str, Parts, DepthRule]]:
-    """Each parameter once: its name, its roles with the part of each (matrices as (…, out, in)), its layer's rule."""
-    family, base = family_of(model.config.model_type), model.base_model
-    prefix = f"{model.base_model_prefix}." if base is not model else ""
-    layers = f"{prefix}{family.layers}."
-    tables = {f"{prefix}{path}.weight" for path in family.embedding}
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    outside = depth_rule("none", 1)
-    for name, parameter in model.named_parameters():
-        if name in tables:
-            yield name, {"embedding": parameter}, outside
-        elif head is not None and parameter is head:
-            yield name, {"head": parameter}, outside
-        elif name.startswith(layers):
-            index, _, rest = name.removeprefix(layers).partition(".")
-            rule = base.get_submodule(family.layers)[int(index)].placement.rule
-            yield name, _parts(rest, parameter, family, model.config), rule
-        else:
-            yield name, {_vector_role(name, parameter) or role_of(name): parameter}, outside
+from spannorm.init import init_plan, init_weights_
+from spannorm.rewiring.families import Family
+from spannorm.roles import Fused, known_parameters
+from spannorm.scaling import Role
 
 
-def _parts(path: str, parameter: Tensor, family: Family, config: Any) -> Parts:
-    path = path.removesuffix(".weight")
-    kind = family.matrices.get(path)
-    if kind is None:
-        return {_vector_role(path, parameter) or role_of(path): parameter}
-    matrix = parameter.transpose(-2, -1) if path.endswith(family.transposed) else parameter
-    return kind.split(matrix, config, -2) if isinstance(kind, Fused) else {kind: matrix}
-
-
-def _vector_role(name: str, parameter: Tensor) -> Role | None:
-    """Gains, and offsets of all kinds: biases, one per expert too, and GPT-OSS's attention sinks."""
-    leaf = name.rpartition(".")[2]
-    if leaf in ("attn_scale", "ffn_scale"):
-        return "gain"
-    if leaf.endswith(("bias", "sinks")):
-        return "bias"
-    return "norm" if parameter.ndim == 1 else None
-
-
-def primary_roles(model: Any) -> dict[str, Role]:
-    """What `spannorm.init` reads. It groups by what a depth rule slows, the output matrices, and none is fused."""
-    return {name: next(iter(parts)) for name, parts, _ in named_parts(model)}
+def parameter_roles(model: Any, family: Family) -> dict[str, Role | Fused]:
+    """What `spannorm.init` has to know of the model besides Llama's names."""
+    roles: dict[str, Role | Fused] = {**family.matrices, **dict.fromkeys(family.embedding, "embedding")}
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        roles[next(name for name, module in model.named_modules() if module is head)] = "head"
+    return roles
 
 
 @torch.no_grad()
 def rescale_(model: Any) -> list[str]:
-    """Multiply the matrices that the depth rule names by its factors; returns their names."""
+    """Multiply what the depth rule names, matrices and gains of output norms, by its factors; returns the names."""
     touched = []
-    for name, parts, rule in named_parts(model):
-        for role, part in parts.items():
-            if rule.init.get(role, 1.0) != 1.0:
-                part.mul_(rule.init[role])
-                touched.append(name)
-    return list(dict.fromkeys(touched))
+    for k in known_parameters(model):
+        parts = k.layout.split(k.layout.matrix(k.parameter)) if len(k.layout.roles) > 1 else {k.role: k.parameter}
+        scaled = {role: part for role, part in parts.items() if role in k.rule.init}
+        for role, part in scaled.items():
+            part.mul_(k.rule.init[role])
+        unit = getattr(model.get_submodule(k.name.rpartition(".")[0]), "unit_gain", 1.0)
+        if k.role == "norm" and k.mean != unit:  # a weight w has the gain w + 1 − unit
+            k.parameter.add_(1 - unit).mul_(k.mean + 1 - unit).add_(unit - 1)
+            scaled["norm"] = k.parameter
+        touched += [k.name] if scaled else []
+    return touched
 
 
 @torch.no_grad()
 def redraw_(model: Any, seed: int = 0) -> list[str]:
-    """Draw every parameter of a rewired model by our base init `fan_in` and the depth rule; returns their names.
+    """Draw every parameter of a rewired model by our base init `fan_in` and the depth rule; returns the names.
 
     For a model made on meta device, after `to_empty`: buffers get their values too. Each draw is seeded by (seed,
-    name, role), so that models which differ in placement share a body.
+    name), so that models which differ in placement share a body.
     """
     model.tie_weights()
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             model._init_weights(module)
-    unit_gain = family_of(model.config.model_type).unit_gain
-    width, shared = model.config.hidden_size, tied(model)
-    for name, parts, rule in named_parts(model):
-        for role, part in parts.items():
-            if role in ("norm", "bias", "gain"):
-                gain = 1.0 if name.endswith("head_scale") else unit_gain
-                part.fill_({"norm": gain, "bias": 0.0, "gain": rule.gain}[role])
-            else:
-                sigma = base_std(role, part.shape[-1], part.shape[-2], width=width, tied=shared)
-                key = name.removeprefix(f"{model.base_model_prefix}.") + (f":{role}" if len(parts) > 1 else "")
-                part.copy_(rule.init.get(role, 1.0) * sigma * standard_normal(part.shape, seed, key))
-    return [name for name, _ in model.named_parameters()]
+    plan = init_plan(model)
+    init_weights_(model, plan, seed=seed, prefix=f"{model.base_model_prefix}.")
+    return list(plan)
+
+
+def set_unit_gain(model: nn.Module, unit_gain: float) -> None:
+    """Say beside each norm what its weight is when its gain is 1."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.unit_gain = unit_gain  # type: ignore[assignment]
 
 
 def tied(model: Any) -> bool:

@@ -1,11 +1,12 @@
 """What a placement does to signal and gradient at initialization, worked out without building the model.
 
-Standard library and NumPy alone. docs/theory.md derives it, `spannorm depth-check` holds it against real models.
+It runs each placement's own equation, and needs PyTorch and NumPy. docs/theory.md derives it,
+`spannorm depth-check` compares it with real models.
 """
 
 from spannorm.theory.body import Body
+from spannorm.theory.field import NoRule
 from spannorm.theory.kernel import ACTIVATIONS
-from spannorm.theory.placements import PLACEMENTS
 from spannorm.theory.predict import EXACT, Prediction, predict
 from spannorm.theory.verdict import FACTOR, Verdict, advised_rule, times, verdict
 
@@ -13,8 +14,8 @@ __all__ = [
     "ACTIVATIONS",
     "EXACT",
     "FACTOR",
-    "PLACEMENTS",
     "Body",
+    "NoRule",
     "Prediction",
     "Verdict",
     "advised_rule",

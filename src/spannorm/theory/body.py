@@ -24,9 +24,11 @@ class Body:
         sequence_length: T, tokens of a sequence.
         repeat: the chance that two positions of a sequence hold the same token, which correlates embeddings and
             targets; 0 for tokens drawn from a large vocabulary.
-        hidden_act: the gate's activation: silu, gelu or relu.
+        causal: whether a token attends to itself and those before it alone, or to all.
+        gated: whether the feed-forward is `W_down(φ(W_gate n) ⊙ W_up n)`, or `W_down φ(W_up n)`.
+        hidden_act: φ: silu, gelu or relu.
         qk_norm: a norm on each head's queries and keys.
-        rope_theta: RoPE's base.
+        rope_theta: RoPE's base; None for queries and keys that are not rotated.
         base_init, initializer_range, tied: as in `spannorm.scaling.base_std`.
         embedding_multiplier: what the embedding is multiplied with.
         eps: the norms' epsilon.
@@ -40,9 +42,11 @@ class Body:
     head_dim: int | None = None
     sequence_length: int = 128
     repeat: float = 0.0
+    causal: bool = True
+    gated: bool = True
     hidden_act: str = "silu"
     qk_norm: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0
     base_init: str = "fan_in"
     initializer_range: float = 0.02
     tied: bool = False
@@ -63,6 +67,11 @@ class Body:
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "sequence_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
+                f"({self.num_attention_heads}), or give `head_dim`."
+            )
         if not 0 <= self.repeat < 1:
             raise InputError(f"`repeat` is a probability below 1; got {self.repeat}.")
 
@@ -77,7 +86,7 @@ class Body:
 
     @cached_property
     def positions(self) -> Positions:
-        return Positions(self.sequence_length)
+        return Positions(self.sequence_length, causal=self.causal)
 
     def power(self, role: Role, fan_in: int, fan_out: int, rule: DepthRule | None = None) -> float:
         """A matrix's variance per entry, depth rule included."""
@@ -100,6 +109,9 @@ class Body:
     def rotation(self) -> tuple[Kernel, Kernel]:
         """RoPE's damping of the product of a query's and a key's common part, for two queries t and s: on a key that
         both see, `mean_θ cos θ(t−s)`, and on two keys, that mean over the keys too."""
+        n = self.positions.size
+        if self.rope_theta is None:
+            return np.ones((n + 1, n)), np.ones((n + 1, n))
         half = max(1, self.attention_size // self.num_attention_heads // 2)
         theta = self.rope_theta ** (-np.arange(half) / half)
         count = self.positions.count
@@ -182,7 +194,8 @@ class Attention:
 
 @dataclass
 class FeedForward:
-    """The gated feed-forward `W_down(φ(W_gate n) ⊙ W_up n)`, forward on kernels, then `backward`."""
+    """The feed-forward `W_down(φ(W_gate n) ⊙ W_up n)`, or without a gate `W_down φ(W_up n)`, forward on kernels, then
+    `backward`."""
 
     body: Body
     rule: DepthRule
@@ -194,12 +207,12 @@ class FeedForward:
     def __post_init__(self) -> None:
         b = self.body
         d, inner = b.hidden_size, self.intermediate_size
-        self.gate_power = b.power("ffn_gate", d, inner, self.rule)
+        self.gate_power = b.power("ffn_gate" if b.gated else "ffn_up", d, inner, self.rule)
         self.up_power = b.power("ffn_up", d, inner, self.rule)
         self.down_power = b.power("ffn_down", inner, d, self.rule)
         correlation, std = normalized(self.reads)
         self.gate_std, self.correlation = (self.gate_power * d) ** 0.5 * std, np.clip(correlation, -1, 1)
-        self.up = self.up_power * d * self.reads
+        self.up = self.up_power * d * self.reads if b.gated else np.ones_like(self.reads)
         self.gate = correlated_mean(ACTIVATIONS[b.hidden_act][0], self.gate_std, self.correlation)
         inside, self.inside_std = normalized(self.gate * self.up, "ffn_down" in self.inner_norms)
         self.writes = self.down_power * inner * inside
@@ -209,4 +222,5 @@ class FeedForward:
         b = self.body
         g = self.down_power * b.hidden_size * gradient / outer(self.inside_std)
         slope = correlated_mean(ACTIVATIONS[b.hidden_act][1], self.gate_std, self.correlation)
-        return self.intermediate_size * g * (self.up_power * self.gate + self.gate_power * slope * self.up)
+        through_up = self.up_power * self.gate if b.gated else 0.0
+        return self.intermediate_size * g * (through_up + self.gate_power * slope * self.up)

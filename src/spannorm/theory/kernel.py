@@ -113,11 +113,14 @@ class Softmax:
 class Positions:
     """At most `nodes` positions standing for a sequence: bins whose width grows with the distance from the start.
 
-    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence.
+    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence. Where
+    attention is not causal all positions are alike, and one node stands for them.
     """
 
-    def __init__(self, length: int, nodes: int = 20) -> None:
+    def __init__(self, length: int, nodes: int = 20, causal: bool = True) -> None:
         edges = np.unique(np.round(np.geomspace(1, length + 1, nodes + 1)).astype(int)) if length > 1 else [1, 2]
+        if not causal:
+            edges = np.array([1, length + 1])
         first, last = np.asarray(edges[:-1]), np.asarray(edges[1:]) - 1
         self.size = len(first)
         self.count = (first + last) / 2.0
@@ -129,6 +132,8 @@ class Positions:
         self.keys[np.diag_indices(self.size)] = (sizes + 1) / 2
         self.queries = np.clip(last - node + 1, 0, sizes)
         self.queries[np.diag_indices(self.size)] = (sizes + 1) / 2
+        if not causal:
+            self.keys = self.queries = np.array([[float(length)]])
         self.count = self.keys.sum(1)
         order = np.arange(self.size)
         self._low = np.concatenate([order[None], np.minimum.outer(order, order)])

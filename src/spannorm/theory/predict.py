@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.errors import InputError, unknown
-from spannorm.scaling import depth_rule as work_out
+from spannorm.placements import Stack
+from spannorm.scaling import Branch
 from spannorm.theory.body import Body
 from spannorm.theory.kernel import Array, Kernel, normalized
-from spannorm.theory.placements import PLACEMENTS
-from spannorm.theory.recursion import Block, Branch, Kernels, cross
+from spannorm.theory.recursion import Kernels, Walk, cross
 
 EXACT = 256
 """Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of
@@ -65,7 +64,7 @@ def predict(
     """Variance, correlation and gradient of a stack at initialization, without building it.
 
     Args:
-        placement: a name of `PLACEMENTS`.
+        placement: a name of `spannorm.PLACEMENTS`, registered ones included.
         num_layers: blocks.
         depth_rule: a name of `spannorm.depth_rule`; None means the placement's default.
         body: sizes of the sublayers and how they are drawn.
@@ -73,45 +72,33 @@ def predict(
 
     Raises:
         InputError: an unknown placement, rule or option.
+        NoRule: an operation of the placement that the theory cannot follow; the message names it.
     """
-    if placement not in PLACEMENTS:
-        raise unknown("placement in the theory", placement, PLACEMENTS)
-    return _predict(placement, num_layers, depth_rule, body or Body(), tuple(sorted(options.items())))
+    stack = Stack(placement, num_layers, depth_rule, options)
+    return _predict(stack.kind, placement, num_layers, stack.depth_rule, body or Body(), tuple(sorted(options.items())))
 
 
 @cache
 def _predict(
-    placement: str, num_layers: int, depth_rule: str | None, body: Body, given: tuple[tuple[str, Any], ...]
+    kind: type, placement: str, num_layers: int, depth_rule: str, body: Body, options: tuple[tuple[str, Any], ...]
 ) -> Prediction:
-    theory, options = PLACEMENTS[placement], dict(given)
-    for option in options:
-        if option not in (own := theory.options()):
-            takes = f"it takes {', '.join(own)}." if own else "it takes none."
-            raise InputError(f"placement {placement!r} has no option {option!r}: {takes}")
-    rule = work_out(theory.default_depth_rule if depth_rule is None else depth_rule, num_layers)
-    entering = {(i, j): body.embedding() for i in range(theory.streams) for j in range(theory.streams)}
-    if theory.embedding_norm(options):
-        entering = {pair: normalized(k)[0] for pair, k in entering.items()}
-
-    def block_at(index: int, streams: Kernels) -> tuple[Block, Kernels]:
-        block = Block(body, rule, index, num_layers, streams, theory.inner_norms)
-        outputs = theory.block(block, *map(block.stream, range(theory.streams)), **options)
-        if block.is_last and theory.readout:
-            outputs = theory.readout(block, *outputs)
-        return block, block.leave(*outputs)
-
+    stack = Stack(placement, num_layers, depth_rule, dict(options))
+    embedding = normalized(body.embedding())[0] if stack.embedding_norm else body.embedding()
     alternating = body.num_experts > 0 and body.decoder_sparse_step > 1  # no geometric series
     # up: each stretch of blocks as its first one, and the streams as a geometric series from its first two
-    stretches: list[tuple[Block, int, Kernels]] = []
-    stops = sorted({1, num_layers - 1, num_layers, *theory.switches(num_layers, options)})
-    index, streams, since = 0, entering, 0
+    stretches: list[tuple[Walk, int, Kernels]] = []
+    stops = sorted({1, num_layers - 1, num_layers, *stack.kinds})
+    index, streams, since = 0, {(0, 0): embedding}, 0
     while index < num_layers:
         stop = next(s for s in stops if s > index)
         length = 1 if num_layers <= EXACT or alternating else max(1, min(since, (stop - index) // 2) // STRETCH)
-        block, leaving = block_at(index, streams)
-        if length > 1:
-            _, third = block_at(index + 1, leaving)
+        block = Walk(body, stack, index, streams)
+        leaving = block.leaving
+        if length > 1 and leaving.keys() == streams.keys():
+            third = Walk(body, stack, index + 1, leaving).leaving
             leaving = _continued(streams, leaving, third, length) if length > 2 else third
+        else:
+            length = 1
         stretches.append((block, length, leaving))
         index, streams = index + length, leaving
         since = 0 if index == stop else since + length
@@ -134,7 +121,7 @@ def _predict(
     shares.reverse()
     return Prediction(
         placement=placement,
-        depth_rule=rule.name,
+        depth_rule=depth_rule,
         num_layers=num_layers,
         blocks=tuple(block.layer_idx for block, _, _ in stretches),
         variance={name: tuple(block.sites.get(name, math.nan) for block, _, _ in stretches) for name in names},
@@ -182,7 +169,7 @@ def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
 
 
 def _descend(
-    block: Block, kernels: dict[str, Kernels], path: str, length: int, rates: dict[str, float], body: Body
+    block: Walk, kernels: dict[str, Kernels], path: str, length: int, rates: dict[str, float], body: Body
 ) -> float:
     """Bring a path's gradient `length` blocks further down; the logarithm of what it gains.
 

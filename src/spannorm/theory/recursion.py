@@ -1,29 +1,31 @@
-"""One block of the mean-field recursion: fields, sums and norms forward, gradients backward.
+"""One block of the mean-field recursion: fields run through the placement's own equation, gradients run back.
 
-A field is a linear combination of *leaves*: the streams that enter the block and the branch outputs, which are
-independent of all before them because their weights are fresh. A norm divides by the std by position. So any
-covariance, and any gradient, follows from the leaves'.
+A norm divides by the std by position, and the branches' outputs are new leaves. So any covariance, and any gradient,
+follows from the leaves' (field.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import warnings
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from spannorm.scaling import DepthRule
+from spannorm.norms import Norm, scaled_add
+from spannorm.placements import Placement, Stack
+from spannorm.scaling import Branch
 from spannorm.theory.body import Attention, Body, FeedForward
+from spannorm.theory.field import Field, NoRule
 from spannorm.theory.kernel import Array, Kernel
 from spannorm.theory.mixture import Mixture
 
-Field = dict[int, Array]
-"""Leaf → its coefficient by position."""
 Kernels = dict[tuple[int, int], Kernel]
 """Covariance of each pair of leaves, streams or gradients; an absent pair is uncorrelated."""
-Branch = Literal["attn", "ffn"]
 Sublayer = Attention | FeedForward | Mixture
+Coefficients = dict[int, Array]
+"""Of one field: leaf → its coefficient by position."""
 
 
 def cross(a: Array, b: Array) -> Kernel:
@@ -31,51 +33,63 @@ def cross(a: Array, b: Array) -> Kernel:
     return np.concatenate([(a * b)[None], np.outer(a, b)])
 
 
-@dataclass
-class Block:
-    """The block's program as it is written by a placement's recursion, and what it found on the way."""
+class _Norm(Norm):
+    """A placement's norm, on fields."""
 
-    body: Body
-    rule: DepthRule
-    layer_idx: int
-    num_layers: int
-    streams: Kernels
-    """Kernels of the entering streams, leaves 0, 1, …"""
-    inner_norms: Mapping[str, str] = field(default_factory=dict)
-    sites: dict[str, float] = field(default_factory=dict)
-    """Variance, mean over tokens, of what each norm reads."""
-    branches: list[tuple[Branch, Sublayer, Field]] = field(default_factory=list)
+    name: str
+    walk: Walk
 
-    def __post_init__(self) -> None:
-        self.leaves = dict(self.streams)
-        self.first_branch = 1 + max(i for i, _ in self.streams)
-        self.outputs: list[Field] = []
-        gain = self.rule.gain if self.rule.learned else None
-        self.attn_scale = self.rule.attn_forward if gain is None else gain
-        self.ffn_scale = self.rule.ffn_forward if gain is None else gain
+    def add_norm(self, x: Any, f: Any, *, return_sum: bool, **scales: Any) -> Any:
+        total = x if f is None else scaled_add(x, f, **scales)
+        normed = self.walk.normalized(self.name, total) * self.weight
+        return (normed, total) if return_sum else normed
 
-    @property
-    def is_first(self) -> bool:
-        return self.layer_idx == 0
 
-    @property
-    def is_last(self) -> bool:
-        return self.layer_idx == self.num_layers - 1
+class Walk:
+    """One block, walked through forward; then `backward`.
 
-    def stream(self, index: int = 0) -> Field:
-        return {index: np.ones(self.body.positions.size)}
+    Args:
+        streams: kernels of the entering streams, leaves 0, 1, …
 
-    def scaled(self, a: Field, factor: float) -> Field:
-        return {leaf: factor * c for leaf, c in a.items()}
+    Raises:
+        NoRule: an operation of the placement that a field cannot go through.
+    """
 
-    def add(self, a: Field, b: Field, *, skip: float = 1.0, branch: float = 1.0) -> Field:
-        """`skip·a + branch·b`."""
-        total = self.scaled(a, skip)
-        for leaf, c in b.items():
-            total[leaf] = total.get(leaf, 0.0) + branch * c
-        return total
+    def __init__(self, body: Body, stack: Stack, layer_idx: int, streams: Kernels) -> None:
+        self.body, self.layer_idx, self.streams, self.leaves = body, layer_idx, streams, dict(streams)
+        self.first_branch = 1 + max(i for i, _ in streams)
+        self.sites: dict[str, float] = {}
+        """Variance, mean over tokens, of what each norm reads, and `output` of what leaves a block as one stream."""
+        self.branches: list[tuple[Branch, Sublayer, Coefficients]] = []
+        with torch.device("cpu"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rules that the authors of a placement discourage
+            self.placement: Placement = stack.block(layer_idx, hidden_size=1)
+        for parameter in self.placement.parameters(recurse=False):
+            parameter.data = parameter.data.double()
+        for name in self.placement.norms():
+            norm: Any = self.placement.get_submodule(name)
+            norm.__class__, norm.name, norm.walk = _Norm, name, self
+        with torch.no_grad():
+            enters = [self._leaf(i) for i in range(self.first_branch)]
+            x = torch.stack(enters, dim=-2) if layer_idx and len(enters) > 1 else enters[0]
+            try:
+                left: Any = self.placement(x, lambda n: self._branch("attn", n), lambda n: self._branch("ffn", n))
+            except NoRule as error:
+                raise NoRule(f"placement {stack.placement!r}: {error}.") from None
+            streams_out = left.unbind(-2) if left.ndim == 4 else (left,)
+        self.outputs = [_parts(f)[1] for f in streams_out]
+        values = [_parts(f)[0] for f in streams_out]
+        self.leaving = {(i, j): self.covariance(a, b) for i, a in enumerate(values) for j, b in enumerate(values)}
+        if len(values) == 1:
+            self.sites["output"] = body.positions.mean(self.leaving[0, 0][0])
 
-    def covariance(self, a: Field, b: Field) -> Kernel:
+    def _leaf(self, index: int) -> Any:
+        coefficients = torch.zeros(2, self.first_branch + 2, self.body.positions.size, 1, dtype=torch.float64)
+        coefficients[:, index] = 1.0
+        return coefficients.flatten(0, 1).as_subclass(Field)
+
+    def covariance(self, a: Coefficients, b: Coefficients) -> Kernel:
+        """Of two fields."""
         total = np.zeros((self.body.positions.size + 1, self.body.positions.size))
         for i, ci in a.items():
             for j, cj in b.items():
@@ -83,23 +97,21 @@ class Block:
                     total += cross(ci, cj) * self.leaves[i, j]
         return total
 
-    def norm(self, name: str, a: Field) -> Field:
-        """`N(a)`; its site's variance is noted under the norm's name."""
-        variance = self.covariance(a, a)[0]
-        self.sites[name] = self.body.positions.mean(variance)
-        std = np.sqrt(variance + self.body.eps)
-        return {leaf: c / std for leaf, c in a.items()}
+    def normalized(self, name: str, x: Any) -> Any:
+        """A field, or each of several streams, divided by its std; the variance is noted under the norm's name."""
+        streams = x.unbind(-2) if x.ndim == 4 else (x,)
+        variances = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
+        self.sites[name] = float(np.mean([self.body.positions.mean(v) for v in variances]))
+        normed = [
+            f / torch.from_numpy(np.sqrt(v + self.body.eps))[:, None] for f, v in zip(streams, variances, strict=True)
+        ]
+        return torch.stack(normed, dim=-2) if x.ndim == 4 else normed[0]
 
-    def attn(self, n: Field) -> Field:
-        """`A(n)`."""
-        return self._branch("attn", n)
-
-    def ffn(self, n: Field) -> Field:
-        """`F(n)`."""
-        return self._branch("ffn", n)
-
-    def _branch(self, kind: Branch, n: Field) -> Field:
-        common = self.body, self.rule, self.inner_norms, self.covariance(n, n)
+    def _branch(self, kind: Branch, n: Any) -> Any:
+        if any(kind == earlier for earlier, *_ in self.branches):
+            raise NoRule(f"the theory knows one call of each sublayer, and {kind} is called twice")
+        value, slope = _parts(n)
+        common = self.body, self.placement.rule, self.placement.inner_norms, self.covariance(value, value)
         sublayer: Sublayer
         if kind == "attn":
             sublayer = Attention(*common)
@@ -108,16 +120,9 @@ class Block:
         else:
             sublayer = FeedForward(*common, self.body.intermediate_size)
         leaf = self.first_branch + len(self.branches)
-        self.branches.append((kind, sublayer, n))
+        self.branches.append((kind, sublayer, slope))
         self.leaves[leaf, leaf] = sublayer.writes
-        return self.stream(leaf)
-
-    def leave(self, *outputs: Field) -> Kernels:
-        """End the program with the streams that leave the block; their kernels."""
-        self.outputs = list(outputs)
-        if len(outputs) == 1:
-            self.sites["output"] = self.body.positions.mean(self.covariance(outputs[0], outputs[0])[0])
-        return {(i, j): self.covariance(a, b) for i, a in enumerate(outputs) for j, b in enumerate(outputs)}
+        return self._leaf(leaf)
 
     def backward(self, gradients: Kernels, without: tuple[Branch, ...] = ()) -> Kernels:
         """Kernels of the gradient at the entering streams, from those at the leaving ones.
@@ -125,7 +130,7 @@ class Block:
         Args:
             without: branches whose output is detached: no gradient passes them.
         """
-        arriving: list[tuple[Field, Field, Kernel]] = [
+        arriving: list[tuple[Coefficients, Coefficients, Kernel]] = [
             (self.outputs[i], self.outputs[j], g) for (i, j), g in gradients.items()
         ]
 
@@ -141,3 +146,10 @@ class Block:
                 arriving.append((n, n, sublayer.backward(g)))
         found = {(i, j): at(i, j) for i, j in self.streams}
         return {pair: k for pair, k in found.items() if k is not None}
+
+
+def _parts(f: Any) -> list[Coefficients]:
+    """The coefficients of a field's value, and those of its gradient."""
+    coefficients = f.as_subclass(Tensor)
+    halves = coefficients.numpy().reshape(2, -1, coefficients.shape[1])
+    return [{leaf: c for leaf, c in enumerate(half) if c.any()} for half in halves]

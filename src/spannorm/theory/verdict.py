@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from spannorm.placements import PLACEMENTS
 from spannorm.theory.body import Body
-from spannorm.theory.placements import PLACEMENTS
 from spannorm.theory.predict import Prediction, predict
 
 FACTOR = 2.0

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from spannorm.console import wide_console
 from spannorm.models import SpanNormConfig
 from spannorm.train.health import WINDOW, spike_steps
 from spannorm.train.recipe import Recipe
@@ -165,12 +166,6 @@ class Board:
         elapsed = time.monotonic() - self._began
         ended = sum(row.status in ("ok", "failed") for row in self.rows)
         return Group(table, Text(f"{ended} of {len(self.rows)} ended, {_clock(elapsed)} elapsed", style="dim"))
-
-
-def wide_console() -> Console:
-    """The terminal's console; where output goes to a file, wide enough for the tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

@@ -1,8 +1,7 @@
-"""Saving and loading a rewired model. Its `config.json` cannot be read as the family's own: see `RewiredConfig`."""
+"""Loading a rewired model that `save_pretrained` wrote."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from spannorm.errors import InputError
 from spannorm.rewiring.adopt import adopted_class
-
-MODEL_TYPE = "spannorm_rewired"
-
-
-class RewiredConfig:
-    """The family's configuration, which also says how the model was rewired (`rewiring`).
-
-    In memory it is the family's in all respects. On disk the family's keys stand one level down, under a model type
-    that Transformers does not know and beside a vocabulary size that no configuration class takes: so the Auto classes
-    and the family's own classes both refuse it, and none builds the family's model from a rewired model's weights.
-    """
-
-    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        super().to_json_file(json_file_path, use_diff)  # type: ignore[misc]
-        path = Path(json_file_path)
-        config = json.loads(path.read_text(encoding="utf-8"))
-        saved = {
-            "model_type": MODEL_TYPE,
-            "vocab_size": "none: this model was rewired, load it with spannorm.load",
-            "architectures": config.pop("architectures", None),
-            "transformers_version": config.get("transformers_version"),
-            "rewiring": config.pop("rewiring"),
-            "family": config.pop("model_type"),
-            "config": config,
-        }
-        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+from spannorm.rewiring.configuration import MODEL_TYPE
+from spannorm.rewiring.rewire import rewire
 
 
 class BornRewired:
     """A model class whose instances rewire themselves before their weights are loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        from spannorm.rewiring.rewire import rewire  # which saves by this module's configuration
-
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         how = config.rewiring
         rewire(self, how["placement"], depth_rule=how["depth_rule"], init=False, **how["options"])  # type: ignore[arg-type]

@@ -1,0 +1,181 @@
+"""The registry of placements, and the whole stack that a name stands for.
+
+Adding a placement takes a class and a line here, or `register_placement` from a file of your own
+(docs/add_a_placement.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter, isclass, signature
+from typing import Any, Literal
+
+from spannorm.errors import InputError, unknown
+from spannorm.norms import NORMS
+from spannorm.placements.base import Placement, check_output_norms
+from spannorm.placements.hybrid import HybridNorm, HybridNormStar
+from spannorm.placements.output import NormFormer, OLMo2Norm, PeriLN
+from spannorm.placements.post import B2T, DeepNorm, Keel, PostNorm
+from spannorm.placements.pre import LayerNormScaling, MixLN, PreNorm, SubLN
+from spannorm.placements.span import SpanNorm
+from spannorm.placements.streams import ResiDual, SiameseNorm
+from spannorm.scaling import DepthRule
+from spannorm.scaling import depth_rule as work_out
+
+PLACEMENTS: dict[str, type[Placement]] = {
+    "pre": PreNorm,
+    "post": PostNorm,
+    "span": SpanNorm,
+    "b2t": B2T,
+    "deepnorm": DeepNorm,
+    "peri": PeriLN,
+    "olmo2": OLMo2Norm,
+    "hybrid": HybridNorm,
+    "hybrid_star": HybridNormStar,
+    "mix": MixLN,  # type: ignore[type-abstract]
+    "lns": LayerNormScaling,
+    "subln": SubLN,
+    "normformer": NormFormer,
+    "residual": ResiDual,
+    "siamese": SiameseNorm,
+    "keel": Keel,
+}
+"""Every name that `build_placement`, the configuration and the recipes take."""
+
+
+def register_placement(name: str, kind: type[Placement]) -> None:
+    """Give a placement of your own a name: then models, recipes, theory and the command line take it like any other.
+
+    Args:
+        name: not yet taken.
+        kind: a subclass of `Placement`.
+
+    Raises:
+        InputError: the name is taken by another placement, or `kind` is not a placement.
+    """
+    if not (isclass(kind) and issubclass(kind, Placement)):
+        raise InputError(f"register_placement takes a subclass of Placement; got {kind!r}.")
+    if PLACEMENTS.get(name, kind) is not kind:
+        raise InputError(f"the placement name {name!r} is taken: choose another.")
+    PLACEMENTS[name] = kind
+
+
+def placement_options(name: str) -> list[str]:
+    """The names of a placement's own options."""
+    return [p.name for p in signature(PLACEMENTS[name].layout).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All blocks of a model: which placement each has, and what belongs to the whole: depth rule, options, ends.
+
+        stack = Stack("span", 32)
+        blocks = [Block(MyAttention(), MyFFN(), stack.block(b, hidden_size=512)) for b in range(32)]
+
+    Nothing is built until `block` is called.
+
+    Args:
+        placement: a name of `PLACEMENTS`.
+        num_layers: blocks, at least 1.
+        depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default.
+        options: the placement's own.
+        norm: `rmsnorm` or `layernorm`.
+        eps: the norms' epsilon.
+
+    Raises:
+        InputError: an unknown placement, rule, norm or option.
+    """
+
+    placement: str
+    num_layers: int
+    depth_rule: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    norm: str = "rmsnorm"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise unknown("placement", self.placement, PLACEMENTS)
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
+        own = placement_options(self.placement)
+        for option in self.options:
+            if option not in own:
+                takes = f"it takes {', '.join(own)}." if own else "it takes none."
+                raise InputError(f"placement {self.placement!r} has no option {option!r}: {takes}")
+        if self.depth_rule is None:
+            object.__setattr__(self, "depth_rule", self.kind.default_depth_rule)
+        rule, layout = self.rule(0), self.kind.layout(self.num_layers, **self.options)
+        for first in layout.kinds.values():
+            check_output_norms(first, rule)
+        object.__setattr__(self, "_layout", layout)
+
+    @property
+    def kind(self) -> type[Placement]:
+        """The registered class."""
+        return PLACEMENTS[self.placement]
+
+    @property
+    def kinds(self) -> Mapping[int, type[Placement]]:
+        """First block → the class of the blocks from there on."""
+        return self._layout.kinds  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether the embedding is normalized once, before block 0."""
+        return self._layout.embedding_norm  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm stands between the last block and the head."""
+        return self.kind_of(self.num_layers - 1).final_norm
+
+    @property
+    def inner_norms(self) -> Mapping[str, Literal["head", "width"]]:
+        """The norms inside the sublayers."""
+        return self.kind_of(self.num_layers - 1).inner_norms
+
+    def kind_of(self, layer_idx: int) -> type[Placement]:
+        """The class of one block."""
+        return self.kinds[max(first for first in self.kinds if first <= max(layer_idx, 0))]
+
+    def rule(self, layer_idx: int) -> DepthRule:
+        """The depth rule of one block."""
+        assert self.depth_rule is not None
+        return work_out(self.depth_rule, self.num_layers, layer_idx)
+
+    def block(self, layer_idx: int, hidden_size: int) -> Placement:
+        """Build one block's placement.
+
+        Raises:
+            InputError: a block outside the stack.
+        """
+        kind = self.kind_of(layer_idx)
+        options = self.options if kind is self.kind else {}
+        return kind(
+            hidden_size=hidden_size, layer_idx=layer_idx, num_layers=self.num_layers, depth_rule=self.depth_rule,
+            norm=self.norm, eps=self.eps, **options,
+        )  # fmt: skip
+
+    def blocks(self, hidden_size: int) -> list[Placement]:
+        """Build every block's placement."""
+        return [self.block(b, hidden_size) for b in range(self.num_layers)]
+
+
+def build_placement(
+    name: str,
+    *,
+    hidden_size: int,
+    layer_idx: int,
+    num_layers: int,
+    depth_rule: str | None = None,
+    norm: str = "rmsnorm",
+    eps: float = 1e-6,
+    **options: Any,
+) -> Placement:
+    """Build the placement of one block by its registered name.
+
+    Args and errors are those of `Placement`; `options` are the placement's own (SpanNorm: `initial_norm`).
+    """
+    return Stack(name, num_layers, depth_rule, options, norm, eps).block(layer_idx, hidden_size)

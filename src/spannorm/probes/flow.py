@@ -1,0 +1,82 @@
+"""Following each branch's output through what a placement does with it, by the operations that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Sum = Callable[[str, Tensor, Tensor, float], None]
+"""Told of a sum: the branch that is added, the skip, the branch's output, the output's factor."""
+
+_ADD = {"add": 1.0, "add_": 1.0, "__iadd__": 1.0, "__radd__": 1.0, "sub": -1.0, "sub_": -1.0, "__isub__": -1.0}
+
+
+class Flow(TorchFunctionMode):
+    """While it is active, what is computed from a branch's output alone is that branch's too: gated, scaled, reshaped.
+
+    A plain `x + f` is a sum, and `on_sum` is told. Two branches added to each other go on as one, `attn+ffn`.
+    """
+
+    def __init__(self, on_sum: Sum) -> None:
+        super().__init__()
+        self._on_sum = on_sum
+        self._branches: dict[int, tuple[Tensor, str]] = {}  # by id; the tensor is kept, so that the id stays its own
+        self._active = False
+        self.called: set[str] = set()
+        self.added: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._active = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._active = False
+        super().__exit__(*error)
+
+    def mark(self, x: Tensor, branch: str) -> None:
+        """Let `x` be of a branch."""
+        self._branches[id(x)] = x, branch
+
+    def branch(self, x: Any) -> str:
+        """Whose output `x` is; empty for none."""
+        return self._branches[id(x)][1] if id(x) in self._branches else ""
+
+    def add(self, branch: str) -> None:
+        """Note that a branch was found in a sum."""
+        self.added |= set(branch.split("+"))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what happens inside a sublayer, a norm or a measurement."""
+        if not self._active:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [x for a in (*args, *(kwargs or {}).values()) for x in (a if isinstance(a, (list, tuple)) else [a])]
+        branches = {b for x in given if isinstance(x, Tensor) for b in self.branch(x).split("+") if b}
+        if not branches:
+            return found
+        pair = [x for x in args[:2] if isinstance(x, Tensor) and x.ndim > 2]
+        if func.__name__ in _ADD and len(pair) == 2 and sum(bool(self.branch(x)) for x in pair) == 1:
+            second = bool(self.branch(pair[1]))
+            skip, f = pair if second else pair[::-1]
+            factor = _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0) if second else 1.0
+            with self.paused():
+                self._on_sum(self.branch(f), skip, f, factor)
+            return found
+        for out in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(out, Tensor):
+                self.mark(out, "+".join(sorted(branches)))
+        return found

@@ -1,0 +1,105 @@
+"""A field of tokens as a tensor that a placement's own equation runs on.
+
+A field is a linear combination of *leaves*: the streams that enter a block, and its branches' outputs, which are
+independent of all before them because their weights are fresh. A `Field` holds the coefficients, in the shape
+(2 × leaves, positions, …, 1) where a model has (batch, seq, …, hidden). What a placement does to the state is linear
+and alike for all channels, norms aside, so PyTorch does to the coefficients what it would do to the state. The first
+half of the batch are the coefficients of the values, the second those of the gradients: `detach` sets these to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spannorm.errors import InputError
+
+
+class NoRule(InputError):
+    """The theory cannot follow an operation of a placement. A model of that placement can still be measured."""
+
+
+class Field(Tensor):
+    """Coefficients of a field. An operation that `RULES` does not have, or not in that way, raises `NoRule`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.__name__, kwargs or {}
+        if name == "__get__":  # an attribute
+            name = func.__self__.__name__
+        if name not in RULES or not RULES[name](args, kwargs):
+            raise NoRule(f"the theory has no rule for the operation {name!r} as it is used there")
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "detach":
+                value, slope = args[0].chunk(2)
+                return torch.cat((value, torch.zeros_like(slope))).as_subclass(cls)
+            found = func(*args, **kwargs)
+            if name in _FACTS or (name in _PRODUCTS and _vanishes(args)):
+                return found
+            like = next(a for a in _flat(args) if isinstance(a, Field)).shape
+            outs = [found] if isinstance(found, Tensor) else list(found)
+            if any((o.shape[:2], o.shape[-1]) != (like[:2], like[-1]) for o in outs):
+                raise NoRule(f"the theory has no rule for the operation {name!r} over tokens or channels")
+            fields = [o.as_subclass(cls) for o in outs]
+        return fields[0] if isinstance(found, Tensor) else tuple(fields)
+
+
+Rule = Callable[[tuple[Any, ...], Mapping[str, Any]], bool]
+
+
+def _flat(args: Any) -> list[Any]:
+    return [a for arg in args for a in (_flat(arg) if isinstance(arg, (tuple, list)) else [arg])]
+
+
+def _fields(*args: Any) -> int:
+    return sum(isinstance(a, Field) for a in _flat(args))
+
+
+def _vanishes(args: Any) -> bool:
+    """Whether something in a product is zero throughout, such as a projection that starts at 0: then so is the product,
+    whatever it sums over, and it is a constant."""
+    return any(isinstance(a, Tensor) and not a.any() for a in _flat(args))
+
+
+def _linear(args: Any, kwargs: Any) -> bool:
+    """Every term a field, or zero."""
+    return all(isinstance(a, Field) or not torch.as_tensor(a).any() for a in _flat(args[:2]))
+
+
+def _over_streams(args: Any, kwargs: Any) -> bool:
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    axes = {d % args[0].ndim for d in _flat([dims])} if dims is not None else {0}
+    return axes <= set(range(2, args[0].ndim - 1))
+
+
+def _product(args: Any, kwargs: Any) -> bool:
+    return _fields(args) == 1
+
+
+def _mixing(args: Any, kwargs: Any) -> bool:
+    """A matrix from the left mixes streams; one from the right mixes channels, and must be zero."""
+    return _fields(args) == 1 and (_vanishes(args[1:]) if isinstance(args[0], Field) else args[1].ndim == 4)
+
+
+def _always(args: Any, kwargs: Any) -> bool:
+    return True
+
+
+_FACTS = ("shape", "ndim", "dim", "size", "dtype", "device", "requires_grad", "is_cuda", "is_meta")
+_PRODUCTS = ("einsum", "matmul", "linear")
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("add", "sub", "__radd__", "__rsub__"), _linear),
+    **dict.fromkeys(("sum", "mean", "unbind", "chunk", "select"), _over_streams),
+    **dict.fromkeys(("mul", "__rmul__", "einsum"), _product),
+    **dict.fromkeys(("matmul", "__rmatmul__", "linear"), _mixing),
+    "div": lambda args, kwargs: _fields(args[1:]) == 0,
+    "addcmul": lambda args, kwargs: _linear(args[:1], {}) and _fields(args[1:]) == 1,
+    "stack": lambda args, kwargs: _linear([args[0]], {}),
+    "cat": lambda args, kwargs: _linear([args[0]], {}),
+    **dict.fromkeys(("neg", "detach", "unsqueeze", "squeeze", "expand", "__getitem__", "contiguous", "clone"), _always),
+    **dict.fromkeys(_FACTS, _always),
+}
+"""Operation → whether the theory can follow it with these arguments."""
