@@ -28,7 +28,7 @@ class Case:
         self.ca: float | Tensor
         self.cf: float | Tensor
         if isinstance(factors, str):
-            shape = () if factors == "scalar" else (WIDTH,)
+            shape = (1,) if factors == "scalar" else (WIDTH,)
             self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
         else:
             self.ca, self.cf = factors

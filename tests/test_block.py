@@ -32,7 +32,7 @@ def test_a_block_is_spannorms_equation_around_modules_of_ones_own():
 
 
 def test_a_placement_with_norms_inside_the_sublayers_warns_once_a_stack():
-    with pytest.warns(UserWarning, match=r"'olmo2' also normalizes inside its sublayers, at q .* build that"):
+    with pytest.warns(UserWarning, match=r"OLMo2Norm also normalizes inside its sublayers, at q .* build that"):
         spannorm.Block(Attention(), nn.Identity(), "olmo2", layer_idx=0, **SIZES)
     spannorm.Block(Attention(), nn.Identity(), "olmo2", layer_idx=1, **SIZES)
 

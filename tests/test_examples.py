@@ -1,10 +1,15 @@
 """The examples run, at tiny size, and are as short as they say."""
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from spannorm import InputError, init_plan, probes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -19,3 +24,34 @@ def test_a_llama_is_trained_saved_loaded_and_writes(tmp_path: Path) -> None:
     assert "2 llama layers rewired to span, depth rule 1/sqrt(L):init+lr" in ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("def ") or "\ndef " in ran.stdout
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("placement", ["span", "pre"])
+def test_a_plain_gpt_is_drawn_measured_predicted_and_trained(placement: str, capsys: pytest.CaptureFixture) -> None:
+    example = runpy.run_path(str(EXAMPLES / "plain_gpt.py"))
+    predicted, paths, record = example["main"](placement)
+    out = capsys.readouterr().out
+    assert "no mismatches" in out
+    assert predicted.log_total_gain == pytest.approx(paths.log_gain["total"][0], abs=0.15)
+    for site in ("attn_norm", "ffn_norm"):  # one narrow model: a mean over blocks
+        assert np.mean(record.variance[site]) == pytest.approx(np.mean(predicted.variance[site]), rel=0.08)
+    first, last = map(float, re.findall(r"loss ([\d.]+) → ([\d.]+)", out)[0])
+    assert last < first - 2
+
+
+@pytest.mark.parametrize("placement", ["span", "peri"])
+def test_two_vision_towers_are_drawn_and_measured_a_stack_at_a_time(placement: str, capsys) -> None:
+    example = runpy.run_path(str(EXAMPLES / "vision.py"))
+    predicted, records = example["main"](placement)
+    assert "no mismatches" in capsys.readouterr().out
+    for record in records.values():
+        assert not record.unmatched
+        for site in ("attn_norm", "ffn_norm"):
+            assert np.mean(record.variance[site]) == pytest.approx(np.mean(predicted.variance[site]), rel=0.1)
+    assert records["color"].signal_rms != records["depth"].signal_rms
+    model = example["TwoTowers"](placement)
+    with pytest.raises(InputError, match=r"TwoTowers has several stacks, in color.blocks, depth.blocks: .*model.color"):
+        probes.Probe(model)
+    with pytest.raises(InputError, match=r"no role is known for the parameter 'color.cls_token'.*roles=\{'color.cls"):
+        init_plan(model)
+    assert init_plan(model, roles=example["ROLES"])["color.patches.weight"].std == pytest.approx((3 * 8 * 8) ** -0.5)

@@ -49,7 +49,7 @@ class Reference:
                 self.leaf(f"{name}.bias", WIDTH)
         self.ca, self.cf = forward_factors(rule, b)
         if learned:
-            shape = () if learned == "scalar" else (WIDTH,)
+            shape = (1,) if learned == "scalar" else (WIDTH,)
             self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
         self.mix, self.proj = self.leaf("mix", 3, 3), self.leaf("proj", WIDTH, WIDTH)
         self.up, self.down = self.leaf("up", WIDTH, 12), self.leaf("down", 12, WIDTH)
@@ -202,7 +202,7 @@ def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(
     if rule in ("rezero", "layerscale"):
         expected |= {"attn_scale", "ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks
-        start = torch.full((() if rule == "rezero" else (WIDTH,)), 0.0 if rule == "rezero" else 0.1, dtype=F64)
+        start = torch.full(((1,) if rule == "rezero" else (WIDTH,)), 0.0 if rule == "rezero" else 0.1, dtype=F64)
         torch.testing.assert_close(placement.attn_scale.detach(), start)
         torch.testing.assert_close(placement.ffn_scale.detach(), start)
     else:

@@ -7,40 +7,40 @@ from typing import Any
 
 from torch import nn
 
-from spannorm.placements import build_placement
+from spannorm.placements import Placement, build_placement
 from spannorm.shapes import State, Stream
 
 
 class Block(nn.Module):
     """A placement around two modules of your own.
 
-        blocks = nn.ModuleList(
-            Block(MyAttention(), MyFFN(), "span", hidden_size=512, layer_idx=b, num_layers=24) for b in range(24)
-        )
+        stack = Stack("span", 24)
+        blocks = nn.ModuleList(Block(MyAttention(), MyFFN(), stack.block(b, hidden_size=512)) for b in range(24))
 
-    The model adds a norm after the last block where `blocks[-1].placement.final_norm` says so, and one after the
-    embedding where `blocks[0].placement.embedding_norm` does. Give `attn` and `ffn` the names in
-    `spannorm.init.ROLE_OF_MODULE` for their matrices, and `init_plan`, `init_weights_` and `parameter_groups` know
-    them.
+    The model adds a norm after the last block where `stack.final_norm` says so, and one after the embedding where
+    `stack.embedding_norm` does. `init_plan`, `init_weights_` and `parameter_groups` know the matrices by the names in
+    `spannorm.roles.LLAMA`, or by the `roles` that you give them.
 
     Args:
         attn: (batch, seq, hidden) and whatever else the block is called with → (batch, seq, hidden).
         ffn: (batch, seq, hidden) → (batch, seq, hidden).
-        placement: a name of `spannorm.PLACEMENTS`.
+        placement: one that is built, or a name of `spannorm.PLACEMENTS` with `sizes`.
         sizes: `hidden_size`, `layer_idx`, `num_layers`, and the other arguments of `spannorm.build_placement`.
 
     Raises:
         InputError: those of `build_placement`.
     """
 
-    def __init__(self, attn: nn.Module, ffn: nn.Module, placement: str = "span", **sizes: Any) -> None:
+    def __init__(self, attn: nn.Module, ffn: nn.Module, placement: Placement | str = "span", **sizes: Any) -> None:
         super().__init__()
-        self.placement = build_placement(placement, **sizes)
+        self.placement = build_placement(placement, **sizes) if isinstance(placement, str) else placement
         self.attn, self.ffn = attn, ffn
         if self.placement.inner_norms and self.placement.is_first:
             inner = ", ".join(f"{role} (over each {over})" for role, over in self.placement.inner_norms.items())
             warnings.warn(
-                f"{placement!r} also normalizes inside its sublayers, at {inner}: build that into yours.", stacklevel=2
+                f"{type(self.placement).__name__} also normalizes inside its sublayers, at {inner}: build that into "
+                "yours.",
+                stacklevel=2,
             )
 
     def forward(self, x: Stream, *args: Any, **kwargs: Any) -> State:

@@ -148,3 +148,39 @@ def test_theory_prints_a_table_and_a_verdict_without_a_model(tmp_path, monkeypat
     body = body_of(DEFAULT)
     assert gain["predicted"] == pytest.approx(math.exp(theory.predict("span", 1000, body=body).log_total_gain))
     assert gain["measured"] is None
+
+
+def test_a_placement_that_the_theory_cannot_follow_is_measured_without_a_prediction(
+    recipe, tokens, tmp_path, monkeypatch
+):
+    from own_placements import Mixed
+
+    from spannorm.placements import PLACEMENTS
+
+    monkeypatch.setitem(PLACEMENTS, "mixed", Mixed)
+    chosen = cases(recipe, ["mixed", "pre"], ["default"], [3])
+    results = lab.depth_check(chosen, steps=[0, 2], data=tokens.directory)
+    gains = {row["placement"]: row for row in results["rows"] if row["quantity"] == "total_gain" and row["step"] == 0}
+    assert gains["mixed"]["predicted"] is None and gains["mixed"]["measured"] > 0
+    assert gains["pre"]["predicted"] is not None
+    (sentence,) = [s for s in words(chosen, results) if s.startswith("mixed none, 3 blocks")]
+    assert "measured without a prediction (placement 'mixed'" in sentence and "'linear'" in sentence
+    assert not any(s.startswith("mixed: ") and "choose" in s for s in words(chosen, results))
+    assert all(path.stat().st_size > 10_000 for path in draw(chosen, results, tmp_path / "figure.png"))
+
+
+def test_theory_takes_a_placement_of_ones_own_from_a_file(tmp_path):
+    from spannorm.placements import PLACEMENTS
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from spannorm import Placement, register_placement\n\n\n"
+        "class Mine(Placement):\n    final_norm = True\n\n"
+        "    def block(self, x, attn, ffn):\n        return x + attn(self.attn_norm(x)) + ffn(self.ffn_norm(x))\n\n\n"
+        'register_placement("mine", Mine)\n'
+    )
+    try:
+        ran = CliRunner().invoke(app, ["theory", "--placements", "mine", "--depths", "8", "--import", str(file)])
+        assert ran.exit_code == 0 and "mine none, 8 blocks: " in ran.output, ran.output
+    finally:
+        del PLACEMENTS["mine"]

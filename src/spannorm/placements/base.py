@@ -122,14 +122,18 @@ class Placement(nn.Module, ABC):
         return self.rule.output_gain.get(self.output_norms[name], 1.0) if name in self.output_norms else 1.0
 
     def gains(self) -> dict[str, Tensor]:
-        """The method's own learned parameters by name, each with its initial value; weight decay leaves them alone."""
+        """The method's own learned parameters by name, each with its initial value: numbers, vectors, small matrices.
+
+        Weight decay leaves them alone. A number becomes a parameter of one element, which FSDP2 can shard.
+        """
         return {}
 
     def own_gains(self) -> dict[str, Tensor]:
         """`gains`, and before them those of a depth rule that learns one per branch."""
-        shape = () if self.rule.learned == "scalar" else (self.hidden_size,)
+        size = 1 if self.rule.learned == "scalar" else self.hidden_size
         learned = ("attn_scale", "ffn_scale") if self.rule.learned else ()
-        return {**{name: torch.full(shape, self.rule.gain) for name in learned}, **self.gains()}
+        gains = {**{name: torch.full((size,), self.rule.gain) for name in learned}, **self.gains()}
+        return {name: torch.atleast_1d(value) for name, value in gains.items()}
 
     def projections(self) -> dict[str, Projection]:
         """The matrices that the method owns, by name; they have the role `projection`."""
@@ -165,6 +169,12 @@ class Placement(nn.Module, ABC):
     def exit(self, x: Stream) -> State:
         """The state the blocks carry → what the final norm or the head reads."""
         return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self.own_gains():  # up to 0.1 a number was a parameter of no dimension
+            if (value := state_dict.get(prefix + name)) is not None and value.ndim == 0:
+                state_dict[prefix + name] = value.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"block {self.layer_idx} of {self.num_layers}, depth_rule={self.rule.name!r}"

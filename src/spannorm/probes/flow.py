@@ -73,8 +73,7 @@ class Flow(TorchFunctionMode):
             second = bool(self.branch(pair[1]))
             skip, f = pair if second else pair[::-1]
             factor = _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0) if second else 1.0
-            with self.paused():
-                self._on_sum(self.branch(f), skip, f, factor)
+            self._on_sum(self.branch(f), skip, f, factor)  # torch has taken the mode off for this call
             return found
         for out in found if isinstance(found, (tuple, list)) else [found]:
             if isinstance(out, Tensor):

@@ -22,13 +22,13 @@ def build_optimizer(
     betas: tuple[float, float],
     epsilon: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `parameter_groups` of the model: depth rules with `:init+lr` scale either's rate.
+    """The optimizer `name` over `parameter_groups` of the model, whose depth rules scale either's rate and Adam's ε.
 
     Muon (Jordan et al. 2024) steps along the orthogonalized momentum, its size matched to AdamW's RMS (Moonlight, arXiv
     2502.16982), so that one learning rate and one decay serve both. It takes the 2-D matrices inside blocks; embedding,
     head, norms, router and the experts' stacked matrices stay with AdamW.
     """
-    groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay)
+    groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay, eps=epsilon)
 
     def adamw(of: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(of, betas=betas, eps=epsilon, fused=True)
@@ -40,6 +40,8 @@ def build_optimizer(
         [{**g, "params": ps} for g in groups if (ps := [p for p in g["params"] if (id(p) in matrices) == inside])]
         for inside in (True, False)
     )
+    for group in muon:
+        group.pop("eps", None)  # Muon's is another thing: it guards a division by the momentum's norm
     return Together([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"), adamw(rest)])
 
 
