@@ -43,7 +43,7 @@ lint: install
 	$(BIN)/mypy
 
 docs: install
-	$(BIN)/python -c 'from spannorm.placements.catalog import markdown; print(markdown(), end="")' > docs/placements.md
+	$(BIN)/python -c 'from spannorm.catalog import markdown; print(markdown(), end="")' > docs/placements.md
 
 bench: install
 	mkdir -p runs

@@ -12,7 +12,7 @@ from torch import nn
 
 import spannorm
 from spannorm.placements import PLACEMENTS
-from spannorm.placements.catalog import as_text, catalog, markdown
+from spannorm.catalog import as_text, catalog, markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 

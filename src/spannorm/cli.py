@@ -159,7 +159,7 @@ def placements(
 
     from spannorm.files import write_json
     from spannorm.lab.table import print_placements
-    from spannorm.placements.catalog import as_text, catalog, entry
+    from spannorm.catalog import as_text, catalog, entry
 
     run_files(imports)
     entries = [entry(name)] if name else catalog()

@@ -16,7 +16,7 @@ from spannorm.console import wide_console
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
 from spannorm.lab.summary import condition, summarize, verdict_lines
-from spannorm.placements.catalog import Entry
+from spannorm.catalog import Entry
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:

@@ -10,29 +10,8 @@ from spannorm.placements.stack import PLACEMENTS, Stack, build_placement, placem
 from spannorm.placements.streams import ResiDual, SiameseNorm
 
 __all__ = [
-    "B2T",
-    "PLACEMENTS",
-    "DeepNorm",
-    "HybridNorm",
-    "HybridNormStar",
-    "Keel",
-    "LayerNormScaling",
-    "Layout",
-    "MixLN",
-    "NormFormer",
-    "OLMo2Norm",
-    "PeriLN",
-    "Placement",
-    "PostNorm",
-    "PreNorm",
-    "Projection",
-    "ResiDual",
-    "SiameseNorm",
-    "SpanNorm",
-    "Stack",
-    "SubLN",
-    "Sublayer",
-    "build_placement",
-    "placement_options",
+    "B2T", "PLACEMENTS", "DeepNorm", "HybridNorm", "HybridNormStar", "Keel", "LayerNormScaling", "Layout", "MixLN",
+    "NormFormer", "OLMo2Norm", "PeriLN", "Placement", "PostNorm", "PreNorm", "Projection", "ResiDual",
+    "SiameseNorm", "SpanNorm", "Stack", "SubLN", "Sublayer", "build_placement", "placement_options",
     "register_placement",
-]
+]  # fmt: skip

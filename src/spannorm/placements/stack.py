@@ -20,7 +20,6 @@ from spannorm.placements.post import B2T, DeepNorm, Keel, PostNorm
 from spannorm.placements.pre import LayerNormScaling, MixLN, PreNorm, SubLN
 from spannorm.placements.span import SpanNorm
 from spannorm.placements.streams import ResiDual, SiameseNorm
-from spannorm.scaling import DepthRule
 from spannorm.scaling import depth_rule as work_out
 
 PLACEMENTS: dict[str, type[Placement]] = {
@@ -89,10 +88,14 @@ class Stack:
 
     placement: str
     num_layers: int
-    depth_rule: str | None = None
+    depth_rule: str = None  # type: ignore[assignment]
     options: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "rmsnorm"
     eps: float = 1e-6
+    kinds: Mapping[int, type[Placement]] = field(init=False, repr=False, compare=False)
+    """First block → the class of the blocks from there on."""
+    embedding_norm: bool = field(init=False, repr=False, compare=False)
+    """Whether the embedding is normalized once, before block 0."""
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -104,27 +107,17 @@ class Stack:
             if option not in own:
                 takes = f"it takes {', '.join(own)}." if own else "it takes none."
                 raise InputError(f"placement {self.placement!r} has no option {option!r}: {takes}")
-        if self.depth_rule is None:
-            object.__setattr__(self, "depth_rule", self.kind.default_depth_rule)
-        rule, layout = self.rule(0), self.kind.layout(self.num_layers, **self.options)
-        for first in layout.kinds.values():
-            check_output_norms(first, rule)
-        object.__setattr__(self, "_layout", layout)
+        name = self.kind.default_depth_rule if self.depth_rule is None else self.depth_rule
+        rule, layout = work_out(name, self.num_layers), self.kind.layout(self.num_layers, **self.options)
+        for kind in layout.kinds.values():
+            check_output_norms(kind, rule)
+        for key, value in {"depth_rule": name, **layout._asdict()}.items():
+            object.__setattr__(self, key, value)
 
     @property
     def kind(self) -> type[Placement]:
         """The registered class."""
         return PLACEMENTS[self.placement]
-
-    @property
-    def kinds(self) -> Mapping[int, type[Placement]]:
-        """First block → the class of the blocks from there on."""
-        return self._layout.kinds  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def embedding_norm(self) -> bool:
-        """Whether the embedding is normalized once, before block 0."""
-        return self._layout.embedding_norm  # type: ignore[attr-defined, no-any-return]
 
     @property
     def final_norm(self) -> bool:
@@ -140,17 +133,8 @@ class Stack:
         """The class of one block."""
         return self.kinds[max(first for first in self.kinds if first <= max(layer_idx, 0))]
 
-    def rule(self, layer_idx: int) -> DepthRule:
-        """The depth rule of one block."""
-        assert self.depth_rule is not None
-        return work_out(self.depth_rule, self.num_layers, layer_idx)
-
     def block(self, layer_idx: int, hidden_size: int) -> Placement:
-        """Build one block's placement.
-
-        Raises:
-            InputError: a block outside the stack.
-        """
+        """Build one block's placement."""
         kind = self.kind_of(layer_idx)
         options = self.options if kind is self.kind else {}
         return kind(

@@ -15,12 +15,6 @@ from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
 
 __all__ = [
-    "GradientPaths",
-    "Probe",
-    "Record",
-    "UpdateSizes",
-    "block_skip_costs",
-    "gradient_paths",
-    "measure",
+    "GradientPaths", "Probe", "Record", "UpdateSizes", "block_skip_costs", "gradient_paths", "measure",
     "update_sizes",
-]
+]  # fmt: skip

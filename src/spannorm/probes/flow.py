@@ -9,8 +9,8 @@ from typing import Any, Self
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Sum = Callable[[str, Tensor, Tensor, float], None]
-"""Told of a sum: the branch that is added, the skip, the branch's output, the output's factor."""
+Sum = Callable[[Tensor, float, Tensor, float], None]
+"""Told of a sum: the skip and its factor, the branch's output and its factor."""
 
 _ADD = {"add": 1.0, "add_": 1.0, "__iadd__": 1.0, "__radd__": 1.0, "sub": -1.0, "sub_": -1.0, "__isub__": -1.0}
 
@@ -39,16 +39,12 @@ class Flow(TorchFunctionMode):
         super().__exit__(*error)
 
     def mark(self, x: Tensor, branch: str) -> None:
-        """Let `x` be of a branch."""
+        """Let `x` be of a branch; of none where the name is empty."""
         self._branches[id(x)] = x, branch
 
     def branch(self, x: Any) -> str:
         """Whose output `x` is; empty for none."""
         return self._branches[id(x)][1] if id(x) in self._branches else ""
-
-    def add(self, branch: str) -> None:
-        """Note that a branch was found in a sum."""
-        self.added |= set(branch.split("+"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,11 +65,10 @@ class Flow(TorchFunctionMode):
         if not branches:
             return found
         pair = [x for x in args[:2] if isinstance(x, Tensor) and x.ndim > 2]
-        if func.__name__ in _ADD and len(pair) == 2 and sum(bool(self.branch(x)) for x in pair) == 1:
-            second = bool(self.branch(pair[1]))
-            skip, f = pair if second else pair[::-1]
-            factor = _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0) if second else 1.0
-            self._on_sum(self.branch(f), skip, f, factor)  # torch has taken the mode off for this call
+        if func.__name__ in _ADD and len(pair) == 2 and not all(map(self.branch, pair)):
+            factors = [1.0, _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0)]
+            order = (0, 1) if self.branch(pair[1]) else (1, 0)
+            self._on_sum(*(part for i in order for part in (pair[i], factors[i])))  # the mode is off in here
             return found
         for out in found if isinstance(found, (tuple, list)) else [found]:
             if isinstance(out, Tensor):

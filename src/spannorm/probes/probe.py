@@ -121,36 +121,28 @@ class Probe(AbstractContextManager["Probe"]):
                 return type(site).forward(site, x, f, **scales)
             with self._flow.paused():
                 output = type(site).forward(site, x, f, **scales)
-                if f is None:
+                if f is not None:
+                    skip, added = (x, scales.get("skip", 1.0)), (f, scales.get("branch", 1.0))
+                    swapped = self._flow.branch(x) and not self._flow.branch(f)
+                    self._at_sum(b, name, *(added + skip if swapped else skip + added))
+                else:
                     with apart(x):
                         self._add("variance", self._unique("site", name), b, x, power(x))
-                elif self._flow.branch(x) and not self._flow.branch(f):
-                    self._at_sum(
-                        b, name, self._flow.branch(x), f, x, scales.get("skip", 1.0), scales.get("branch", 1.0)
-                    )
-                else:
-                    self._at_sum(
-                        b, name, self._flow.branch(f), x, f, scales.get("branch", 1.0), scales.get("skip", 1.0)
-                    )
-            if f is None and (
-                branch := self._flow.branch(x)
-            ):  # a norm on a branch's output: what it returns is the branch
-                self._flow.mark(output, branch)
+            if f is None:  # a norm on a branch's output: what it returns is the branch
+                self._flow.mark(output, self._flow.branch(x))
             return output
 
         return forward
 
-    def _at_sum(
-        self, b: int, name: str, branch: str, x: Tensor, f: Tensor, factor: Any = 1.0, skip_factor: Any = 1.0
-    ) -> None:
+    def _at_sum(self, b: int, name: str, x: Tensor, skip: Any, f: Tensor, factor: Any) -> None:
+        branch = self._flow.branch(f)
         with apart(x):
-            parts = torch.broadcast_tensors(exact(x) * skip_factor, exact(f) * factor)
-            added = torch.stack(parts).flatten(1)
+            added = torch.stack(torch.broadcast_tensors(exact(x) * skip, exact(f) * factor)).flatten(1)
             moments = added @ added.T / added.shape[1]  # ⟨skip²⟩, ⟨skip·branch⟩; ⟨branch·skip⟩, ⟨branch²⟩
             site = f"{branch}_add" if name == "add" and branch else name
             self._add("variance", self._unique("site", site), b, x, moments.sum())
             if branch:
-                self._flow.add(branch)
+                self._flow.added |= set(branch.split("+"))
                 self._add("sum", self._unique("sum", branch), b, x, moments)
 
     def _unique(self, kind: str, name: str) -> str:
@@ -162,9 +154,9 @@ class Probe(AbstractContextManager["Probe"]):
         with apart(x):
             if x.ndim == 4:
                 self._add("signal_by_stream", "", point, x, power_by_stream(x))
-                watching, self._watching = self._watching, False  # the readout's norm is not run here
+                self._watching = False  # the readout's norm is no site here
                 x = read_out(self.placements[-1], x)
-                self._watching = watching
+                self._watching = True
             self._add("signal", "", point, x, power(x))
             stream = exact(x)
             here, before = unit(stream), self._units[-1:]
@@ -213,41 +205,34 @@ class Probe(AbstractContextManager["Probe"]):
                 "the module that was given to torch.compile, called itself."
             )
 
-        def rows(quantity: str, of: Callable[[list[float]], float], count: int) -> dict[str, list[float]]:
-            return {
-                site: [of(values[i]) if i in values else math.nan for i in range(count)]
-                for site, values in means.get(quantity, {}).items()
-            }
+        def rows(quantity: str, of: Callable[[list[float]], float], count: int = depth) -> dict[str, list[float]]:
+            found = means.get(quantity, {}).items()
+            return {site: [of(v[i]) if i in v else math.nan for i in range(count)] for site, v in found}
 
         def points(quantity: str, of: Callable[[list[float]], float]) -> list[float]:
             return rows(quantity, of, depth + 1).get("", [math.nan] * (depth + 1))
 
-        streams = max((len(v) for v in means.get("signal_by_stream", {}).get("", {}).values()), default=0)
+        def rms(stream: int = 0) -> Callable[[list[float]], float]:
+            return lambda squares: math.sqrt(squares[stream]) if stream < len(squares) else math.nan
 
-        def by_stream(quantity: str) -> list[list[float]]:
-            def rms_of(i: int) -> Callable[[list[float]], float]:
-                return lambda values: math.sqrt(values[i]) if i < len(values) else math.nan
-
-            return [points(quantity, rms_of(i)) for i in range(streams)]
-
-        unmatched = {
-            branch: sorted(b for f, b in self._unmatched if f == branch) for branch, _ in sorted(self._unmatched)
-        }
+        streams = range(max((len(v) for v in means.get("signal_by_stream", {}).get("", {}).values()), default=0))
+        lost = sorted(self._unmatched)
+        unmatched = {branch: [b for other, b in lost if other == branch] for branch, _ in lost}
         for branch, blocks in unmatched.items():
             _log.warning("the %s branch's output was found in no sum in blocks %s: no ρ, no added size", branch, blocks)
 
         return Record(
-            signal_rms=points("signal", lambda v: math.sqrt(v[0])),
-            gradient_rms=points("gradient", lambda v: math.sqrt(v[0])),
-            signal_rms_by_stream=by_stream("signal_by_stream"),
-            gradient_rms_by_stream=by_stream("gradient_by_stream"),
-            variance=rows("variance", lambda v: v[0], depth),
-            branch_rms=rows("branch", lambda v: math.sqrt(v[0]), depth),
-            added_rms=rows("sum", lambda v: math.sqrt(v[3]), depth),
-            rho=rows("sum", lambda v: v[1] / math.sqrt(v[0] * v[3]) if v[0] * v[3] else math.nan, depth),
+            signal_rms=points("signal", rms()),
+            gradient_rms=points("gradient", rms()),
+            signal_rms_by_stream=[points("signal_by_stream", rms(i)) for i in streams],
+            gradient_rms_by_stream=[points("gradient_by_stream", rms(i)) for i in streams],
+            variance=rows("variance", lambda v: v[0]),
+            branch_rms=rows("branch", rms()),
+            added_rms=rows("sum", rms(3)),
+            rho=rows("sum", lambda v: v[1] / math.sqrt(v[0] * v[3]) if v[0] * v[3] else math.nan),
             unmatched=unmatched,
             token_cosine=points("token_cosine", lambda v: v[0]),
-            layer_cosine=rows("layer_cosine", lambda v: v[0], depth)[""],
+            layer_cosine=rows("layer_cosine", lambda v: v[0])[""],
             similarity=_square(means["similarity"][""][0], depth + 1) if self._similarity else None,
             effective_rank=points("rank", lambda v: v[0]) if self._rank else None,
             spectrum=[means["spectrum"][""][point] for point in range(depth + 1)] if self._spectrum else None,

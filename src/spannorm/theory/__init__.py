@@ -11,15 +11,6 @@ from spannorm.theory.predict import EXACT, Prediction, predict
 from spannorm.theory.verdict import FACTOR, Verdict, advised_rule, times, verdict
 
 __all__ = [
-    "ACTIVATIONS",
-    "EXACT",
-    "FACTOR",
-    "Body",
-    "NoRule",
-    "Prediction",
-    "Verdict",
-    "advised_rule",
-    "predict",
-    "times",
+    "ACTIVATIONS", "EXACT", "FACTOR", "Body", "NoRule", "Prediction", "Verdict", "advised_rule", "predict", "times",
     "verdict",
-]
+]  # fmt: skip

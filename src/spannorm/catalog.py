@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from inspect import getdoc
 
-from spannorm.placements import PLACEMENTS, build_placement, placement_options
+from spannorm.placements import PLACEMENTS, Stack, placement_options
 
 FIELDS = ("Equation", "Ends", "Init", "Source", "Our reading")
 
@@ -36,22 +35,19 @@ def catalog() -> list[Entry]:
 
 def entry(name: str) -> Entry:
     """One placement. Raises `InputError` for an unknown name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # the last block of a deep stack: a mixed scheme shows what most of its blocks are
-        block = build_placement(name, hidden_size=2, layer_idx=7, num_layers=8)
-    doc = (getdoc(PLACEMENTS[name]) or "").partition("\nArgs:")[0]
+    kind = Stack(name, 1).kind
+    doc = (getdoc(kind) or "").partition("\nArgs:")[0]
     parts = re.split(rf"^({'|'.join(FIELDS)}): ", doc, flags=re.MULTILINE)
     head, fields = parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
     summary, _, diagram = head.partition("\n\n")
     return Entry(
         name=name,
-        class_name=getattr(PLACEMENTS[name], "__name__", name),
+        class_name=kind.__name__,
         summary=" ".join(summary.split()),
         diagram="\n".join(line.removeprefix("    ") for line in diagram.rstrip().splitlines()),
         fields={key: " ".join(text.split()) for key, text in fields.items()},
-        depth_rule=block.rule.name,
-        base_init=block.recommended_base_init,
+        depth_rule=kind.default_depth_rule,
+        base_init=kind.recommended_base_init,
         options=tuple(placement_options(name)),
     )
 
