@@ -50,7 +50,7 @@ class Hyper(Placement):
 
 @final
 class Gated(Placement):
-    """PreNorm with a gate of one's own on each branch, plain sums, and a stream whose gradient is not scaled with it."""
+    """PreNorm with learned gates, plain sums, and a stream that is scaled while its gradient is not."""
 
     final_norm = True
 

@@ -93,6 +93,17 @@ def test_no_room_looks_into_one_that_stands_on_it(room):
         assert not rooms(path) & set(MUST_NOT_IMPORT[room]), path.relative_to(ROOT)
 
 
+def test_the_rooms_of_rewiring_import_each_other_in_one_direction():
+    folder = ROOT / "rewiring"
+    stands_on = {p.stem: {m.split(".")[2] for m in imports(p) if re.match(r"spannorm\.rewiring\.[a-z]", m)}
+                 for p in folder.glob("*.py") if p.stem != "__init__"}  # fmt: skip
+    while stands_on:
+        free = [name for name, under in stands_on.items() if not under & set(stands_on)]
+        assert free, f"a circle among {sorted(stands_on)}"
+        for name in free:
+            del stands_on[name]
+
+
 def test_nothing_imports_the_command_line():
     for path in ROOT.rglob("*.py"):
         if path.name not in ("cli.py", "__main__.py"):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import spannorm
-from spannorm.placements import PLACEMENTS
 from spannorm.catalog import as_text, catalog, markdown
+from spannorm.placements import PLACEMENTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 

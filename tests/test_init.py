@@ -14,6 +14,7 @@ from spannorm.errors import InputError
 from spannorm.init import Draw, init_plan, init_receipt, init_weights_, parameter_groups, standard_normal
 from spannorm.norms import build_norm
 from spannorm.placements import build_placement
+from spannorm.roles import Fused
 
 WIDTH, INNER, VOCAB, DEPTH = 16, 40, 50, 4
 
@@ -322,3 +323,65 @@ def test_groups_are_what_adamw_takes():
         (0.01, 0.0),
         (0.0025, 0.4),
     }
+
+
+def test_completep_scales_adams_epsilon_in_the_blocks_alone():
+    model = Plain("pre", "completep(2)")  # four blocks: L0/L is a half
+    groups = parameter_groups(model, learning_rate=0.01, weight_decay=0.1, eps=1e-6)
+    eps = {id(p): g.get("eps") for g in groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert eps[id(parameter)] == (pytest.approx(5e-7) if name.startswith("layers.") else None), name
+    optimizer = torch.optim.AdamW(groups, eps=1e-6)
+    assert {g["eps"] for g in optimizer.param_groups} == {pytest.approx(5e-7), 1e-6}
+
+
+class Fused3(nn.Module):
+    """Queries, keys and values of unequal size in one matrix, two groups of them; and one stored (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placement = build_placement("deepnorm", hidden_size=WIDTH, layer_idx=0, num_layers=2)
+        self.qkv = nn.Linear(WIDTH, 2 * (8 + 4 + 4), bias=False)
+        self.out = nn.Parameter(torch.empty(32, WIDTH))
+
+
+FUSED = {"qkv": Fused(("q", "k", "v"), sizes=(8, 4, 4), groups=2), "out": Fused(("attn_out",), transposed=True)}
+
+
+def test_each_part_of_a_fused_matrix_is_drawn_and_held_by_its_own_role():
+    model = Fused3()
+    plan = init_plan(model, roles=FUSED)
+    init_weights_(model, plan)
+    beta = 16**-0.25  # DeepNorm's, on V and attention-out
+    rows = model.qkv.weight.unflatten(0, (2, 16))
+    for part, sigma in ((rows[:, :8], 0.25), (rows[:, 8:12], 0.25), (rows[:, 12:], 0.25 * beta)):
+        assert part.std().item() == pytest.approx(sigma, rel=5 / (2 * part.numel()) ** 0.5)
+    assert model.out.std().item() == pytest.approx(beta * 32**-0.5, rel=5 / (2 * model.out.numel()) ** 0.5)
+    assert not init_receipt(model, plan).mismatches
+    with torch.no_grad():
+        model.qkv.weight.view(2, 16, WIDTH)[:, 12:] /= beta
+    (row,) = init_receipt(model, plan).mismatches
+    assert row.name == "qkv.weight" and row.expected.role == "v"
+
+
+def test_width_and_tying_are_found_where_they_are_not_given():
+    assert init_plan(Plain(tied=True))["embed_tokens.weight"].std == 0.25
+    assert init_plan(Plain())["embed_tokens.weight"].std == 1.0
+    with pytest.raises(
+        InputError, match="Linear has neither a configuration nor a placement: give init_plan a `width`"
+    ):
+        init_plan(nn.Linear(2, 2), roles={"weight": "q"})
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(InputError, match="roles: 'self_attn.x' has the role 'query'; choose one of embedding, head, q"):
+        init_plan(Plain(), roles={"self_attn.x": "query"})
+
+
+def test_ones_own_names_come_before_what_a_module_is():
+    model = Plain()
+    model.gamma = nn.Parameter(torch.zeros(3))
+    model.table = nn.Embedding(4, WIDTH)
+    plan = init_plan(model, roles={"gamma": "norm", "table": "projection"})
+    assert (plan["gamma"].role, plan["gamma"].mean) == ("norm", 1.0)
+    assert (plan["table.weight"].role, plan["table.weight"].std) == ("projection", 0.25)

@@ -219,8 +219,8 @@ def test_probes_measure_gated_branches_and_any_number_of_streams(tiny_config, na
     if name == "hyper":
         pre = model_of(tiny_config, "pre").double()
         other = probes.measure(pre, lambda: pre(ids, labels=ids, use_cache=False).loss)
-        assert record.signal_rms == pytest.approx([v * (STREAMS if i else 1) for i, v in enumerate(other.signal_rms[:-1])]
-                                                  + [STREAMS * other.signal_rms[-1]])  # fmt: skip
+        inside = [STREAMS * v for v in other.signal_rms[1:]]
+        assert record.signal_rms == pytest.approx([other.signal_rms[0], *inside])
         assert record.branch_rms["ffn"] == pytest.approx(other.branch_rms["ffn"])
         assert record.rho["attn"][0] == pytest.approx(other.rho["attn"][0])
         assert record.token_cosine[1:] == pytest.approx(other.token_cosine[1:])

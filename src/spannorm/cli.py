@@ -157,9 +157,9 @@ def placements(
     """List the placements: equation, default depth rule, recommended base init, source."""
     from dataclasses import asdict
 
+    from spannorm.catalog import as_text, catalog, entry
     from spannorm.files import write_json
     from spannorm.lab.table import print_placements
-    from spannorm.catalog import as_text, catalog, entry
 
     run_files(imports)
     entries = [entry(name)] if name else catalog()

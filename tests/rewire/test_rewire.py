@@ -97,6 +97,38 @@ def test_loaded_weights_are_rewired_only_when_init_is_said_and_then_with_a_warni
     spannorm.rewire(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)), "span")
 
 
+def test_a_norm_that_is_added_or_dropped_is_said_to_change_the_function(monkeypatch: pytest.MonkeyPatch):
+    # Cohere's layers have one norm and run attention and FFN side by side: PreNorm needs another one
+    monkeypatch.setitem(FAMILIES, "cohere", Family(norms={"attn_norm": "input_layernorm"}))
+    model = AutoModelForCausalLM.from_config(tiny_config_of("cohere"), attn_implementation="eager").eval()
+    before = model(IDS).logits
+    report = spannorm.rewire(model, "pre", depth_rule="none")
+    assert report.added == ("ffn_norm",) and not torch.allclose(model(IDS).logits, before)
+    assert "no longer what cohere computes" in str(report)
+    same = spannorm.rewire(tiny_model("llama"), "pre", depth_rule="none")
+    assert "no longer" not in str(same)
+
+
+def test_depth_scaled_gains_fall_on_the_norms_of_the_branches_outputs():
+    for family, unit in (("olmo2", 1.0), ("gemma2", 0.0)):
+        for init in ("rescale", "redraw", False):
+            model = tiny_model(family)
+            report = spannorm.rewire(model, ROWS_OF[family], depth_rule="1/sqrt(L):gain(0.283,0.432)", init=init)
+            for name, parameter in model.named_parameters():
+                leaf = name.split(".")[-2]
+                c = {"olmo2": {"attn_norm": 0.283, "ffn_norm": 0.432},
+                     "gemma2": {"attn_output_norm": 0.283, "ffn_output_norm": 0.432}}[family].get(leaf)  # fmt: skip
+                if c and "placement" in name:
+                    gain = c / 3**0.5 if init else 1.0
+                    torch.testing.assert_close(parameter + 1 - unit, torch.full_like(parameter, gain))
+                    assert (name in report.weights) == bool(init)
+    with pytest.raises(InputError, match=r"PreNorm has none there: choose a placement that has, such as peri"):
+        spannorm.rewire(tiny_model("llama"), "pre", depth_rule="1/sqrt(L):gain")
+
+
+ROWS_OF = {"olmo2": "olmo2", "gemma2": "peri"}
+
+
 # What it refuses
 
 

@@ -67,7 +67,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        return self.stack.placement, self.stack.depth_rule, self.stack.num_layers
+        return self.stack.placement, str(self.stack.depth_rule), self.stack.num_layers
 
     def predicted(self, repeat: float = 0.0, num_layers: int | None = None) -> theory.Prediction:
         """Its theory, at another depth where one is given.

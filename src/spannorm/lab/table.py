@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spannorm.catalog import Entry
 from spannorm.console import wide_console
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
 from spannorm.lab.summary import condition, summarize, verdict_lines
-from spannorm.catalog import Entry
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:

@@ -88,7 +88,7 @@ class Stack:
 
     placement: str
     num_layers: int
-    depth_rule: str = None  # type: ignore[assignment]
+    depth_rule: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "rmsnorm"
     eps: float = 1e-6

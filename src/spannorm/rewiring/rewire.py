@@ -134,7 +134,7 @@ def rewire(
     return Rewiring(
         family=model.config.model_type,
         placement=placement,
-        depth_rule=stack.depth_rule,
+        depth_rule=str(stack.depth_rule),
         num_layers=len(layers),
         kept=kept,
         added=tuple(sorted(added)),

@@ -75,7 +75,9 @@ def predict(
         NoRule: an operation of the placement that the theory cannot follow; the message names it.
     """
     stack = Stack(placement, num_layers, depth_rule, options)
-    return _predict(stack.kind, placement, num_layers, stack.depth_rule, body or Body(), tuple(sorted(options.items())))
+    return _predict(
+        stack.kind, placement, num_layers, str(stack.depth_rule), body or Body(), tuple(sorted(options.items()))
+    )
 
 
 @cache
