@@ -66,9 +66,11 @@ class Flow(TorchFunctionMode):
             return found
         pair = [x for x in args[:2] if isinstance(x, Tensor) and x.ndim > 2]
         if func.__name__ in _ADD and len(pair) == 2 and not all(map(self.branch, pair)):
-            factors = [1.0, _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0)]
-            order = (0, 1) if self.branch(pair[1]) else (1, 0)
-            self._on_sum(*(part for i in order for part in (pair[i], factors[i])))  # the mode is off in here
+            (a, b), factor = pair, _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0)
+            if self.branch(b):  # torch has taken the mode off for this call
+                self._on_sum(a, 1.0, b, factor)
+            else:
+                self._on_sum(b, factor, a, 1.0)
             return found
         for out in found if isinstance(found, (tuple, list)) else [found]:
             if isinstance(out, Tensor):

@@ -74,10 +74,8 @@ def predict(
         InputError: an unknown placement, rule or option.
         NoRule: an operation of the placement that the theory cannot follow; the message names it.
     """
-    stack = Stack(placement, num_layers, depth_rule, options)
-    return _predict(
-        stack.kind, placement, num_layers, str(stack.depth_rule), body or Body(), tuple(sorted(options.items()))
-    )
+    stack, given = Stack(placement, num_layers, depth_rule, options), tuple(sorted(options.items()))
+    return _predict(stack.kind, placement, num_layers, str(stack.depth_rule), body or Body(), given)
 
 
 @cache
