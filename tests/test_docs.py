@@ -35,7 +35,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
     page = (DOCS / "add_a_placement.md").read_text(encoding="utf-8")
-    (code,), (recipe,), (commands,) = blocks(page, "python"), blocks(page, "yaml"), blocks(page, "sh")
+    (code, gated), (recipe,), commands = blocks(page, "python"), blocks(page, "yaml"), "".join(blocks(page, "sh"))
+    (tmp_path / "gated.py").write_text(gated)
+    commands += "spannorm theory --placements gated_pre --depths 4 --import gated.py\n"
     (tmp_path / "parallel.py").write_text(code)
     (tmp_path / "parallel.yaml").write_text(recipe)
     for command in commands.splitlines():
@@ -45,7 +47,7 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
             [sys.executable, "-m", "spannorm", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "parallel" in ran.stdout
+        assert "parallel" in ran.stdout or "gated_pre" in ran.stdout
     results = json.loads((tmp_path / "runs" / "parallel" / "results.json").read_text())
     assert [(a["placement"], a["depth_rule"]) for a in results["arms"]] == [
         ("parallel", "1/sqrt(2L)"),

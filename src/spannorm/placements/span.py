@@ -25,7 +25,7 @@ class SpanNorm(Placement):
     attention-out and FFN-down times 1/√L.
     Source: arXiv 2601.22580, Eqs. 5–8.
     Our reading: the paper's full text was not available to us. The block is about certain (~95 %), no final norm ~70 %,
-    the form of Scale Init ~65 %, block 0 ~60 %, RMSNorm is our default. No official code exists.
+    the form of Scale Init ~50 %, block 0 ~65 %, RMSNorm is our default. No official code exists.
 
     Args:
         initial_norm: block 0, where `x` is the raw embedding. `attention`: A reads `N0(x)`, both skips stay raw (our
