@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -28,8 +27,38 @@ def tiny_gain(dtype: torch.dtype) -> float:
     return 2.0**-13 if dtype == torch.float16 else 2.0**-60
 
 
+def differentiate(
+    dy: Tensor,
+    drstd: Tensor | None,
+    ds: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the sum and by the gain, as operations that can be differentiated again.
+
+    With n = (y − b)/w the normalized value, g = dy·w and r = `rstd`: `dw = Σ_rows dy·n` and
+    `ds += r·(g − n·mean(g·n)) − dr·r²·n/d`, of LayerNorm g without its mean.
+
+    Args:
+        rstd: r by row, with a last dimension of 1. `drstd` is its gradient, which only a second derivative has.
+    """
+    dtype, weight = weight.dtype, weight.to(rstd.dtype)
+    offset = torch.zeros_like(weight) if bias is None else bias.to(rstd.dtype)
+    least = tiny_gain(y.dtype) + 2 * torch.finfo(y.dtype).eps * offset.abs()  # as the kernels hold it off zero
+    gain = torch.where(weight.abs() < least, torch.copysign(least, weight), weight)
+    n = (y.to(rstd.dtype) - offset) / gain
+    g = dy.to(rstd.dtype) * gain
+    through = g - n * (g * n).mean(-1, keepdim=True) - (0.0 if bias is None else g.mean(-1, keepdim=True))
+    total = through * rstd if ds is None else through * rstd + ds
+    if drstd is not None:
+        total = total - drstd * rstd.square() * n / y.shape[-1]
+    return total, (dy * n).flatten(0, -2).sum(0).to(dtype)
+
+
 class _AddRMSNorm(torch.autograd.Function):
-    """Half precision is computed in fp32."""
+    """Half precision is computed in fp32. Besides the output it returns rstd, through which second derivatives go."""
 
     @staticmethod
     def forward(
@@ -41,31 +70,36 @@ class _AddRMSNorm(torch.autograd.Function):
         skip: float,
         branch: float,
         return_sum: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         total = x if f is None else torch.add(x if skip == 1.0 else skip * x, f, alpha=branch)
-        wide = total if total.dtype == torch.float64 else total.float()
+        half = total.dtype not in (torch.float32, torch.float64)
+        wide = total.float() if half else total
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         rstd = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        ours = half or (f is not None and not return_sum)  # to write to
         gain = weight.to(wide.dtype)
         gain = torch.copysign(gain.abs().clamp_(min=tiny_gain(total.dtype)), gain)
-        ours = wide is not x and not (return_sum and wide is total)  # to write to
         y = (wide.mul_(rstd) if ours else wide * rstd).mul_(gain).to(total.dtype)
-        ctx.save_for_backward(y, gain, rstd)
+        ctx.save_for_backward(y, weight, rstd, gain)
         ctx.scales = skip, branch
-        ctx.dtypes = x.dtype, None if f is None else f.dtype, weight.dtype
+        ctx.dtypes = x.dtype, None if f is None else f.dtype
         ctx.set_materialize_grads(False)
-        return (y, total) if return_sum else y
+        return (y, rstd, total) if return_sum else (y, rstd)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        y, gain, rstd = ctx.saved_tensors
-        (skip, branch), (x_type, f_type, weight_type) = ctx.scales, ctx.dtypes
+    def backward(
+        ctx: Any, dy: Tensor | None, drstd: Tensor | None = None, ds: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        y, weight, rstd, gain = ctx.saved_tensors
+        (skip, branch), (x_type, f_type) = ctx.scales, ctx.dtypes
         dw = None
-        if dy is not None:
+        if torch.is_grad_enabled() or drstd is not None:  # a second derivative is wanted, or is being taken
+            dy = torch.zeros_like(y) if dy is None else dy
+            ds, dw = differentiate(dy, drstd, ds, y, weight, None, rstd)
+        elif dy is not None:
             dy, y = dy.to(rstd.dtype), y.to(rstd.dtype)
             product = dy * y
-            dw = product.flatten(0, -2).sum(0).div_(gain).to(weight_type)
+            dw = product.flatten(0, -2).sum(0).div_(gain).to(weight.dtype)
             along = torch.mul(y, product.mean(-1, keepdim=True), out=product)
             through = (dy * gain).addcdiv_(along, gain, value=-1).mul_(rstd)
             ds = through if ds is None else through.add_(ds)
@@ -88,7 +122,8 @@ def add_norm(
 ) -> Any:
     """RMSNorm, or LayerNorm where there is a bias; see `spannorm.kernels.add_norm`."""
     if bias is None and not inference:
-        return _AddRMSNorm.apply(x, f, weight, eps, skip, branch, return_sum)
+        y, _, *total = _AddRMSNorm.apply(x, f, weight, eps, skip, branch, return_sum)
+        return (y, *total) if return_sum else y
     total = x if f is None else torch.add(x if skip == 1.0 else skip * x, f, alpha=branch)
     if bias is None:
         y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spannorm.kernels.reference import tiny_gain
+from spannorm.kernels.reference import differentiate, tiny_gain
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether Triton interprets its kernels, on any device and slowly: read by it when they are defined."""
@@ -236,11 +236,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
     y, weight, bias, rstd = ctx.saved_tensors
     skip, branch, x_type, f_type = ctx.rest
     dy = torch.zeros_like(y) if dy is None else dy
     ds = ds if ctx.keep_sum else None  # of an empty tensor, where tracing gives every output a gradient
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or dr is not None):  # a second derivative
+        total, dw = differentiate(dy, None if dr is None else dr[..., None], ds, y, weight, bias, rstd[..., None])
+        db = None if bias is None else dy.flatten(0, -2).sum(0, dtype=rstd.dtype).to(bias.dtype)
+        df = None if f_type is None else (branch * total).to(f_type)
+        return (skip * total).to(x_type), df, dw, db, None, None, None, None
     dx, df, dw, db = _backward(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
     if f_type is not None and not _splits(x_type, f_type, skip, branch):
         df = dx
