@@ -245,3 +245,66 @@ def test_a_branch_that_no_sum_adds_is_reported(tiny_config, monkeypatch, caplog)
 def test_what_is_no_placement_is_refused():
     with pytest.raises(InputError, match="takes a subclass of Placement"):
         unwrap(spannorm.register_placement)("function", lambda **sizes: None)  # unwrapped: the tests check types first
+
+
+def test_one_stream_that_is_opened_is_a_stream_to_the_theory_and_to_the_probe(tiny_config, monkeypatch):
+    class One(Placement):
+        """PreNorm on a state of one stream."""
+
+        default_depth_rule = "1/sqrt(2L)"
+        final_norm = True
+
+        def enter(self, x):
+            return x.unsqueeze(-2)
+
+        def exit(self, x):
+            return x.squeeze(-2)
+
+        def block(self, x, attn, ffn):
+            x = x + self.attn_scale * attn(self.attn_norm(x.squeeze(-2))).unsqueeze(-2)
+            return x + self.ffn_scale * ffn(self.ffn_norm(x.sum(-2))).unsqueeze(-2)
+
+    monkeypatch.setitem(PLACEMENTS, "one", One)
+    one, pre = (theory.predict(name, 5, depth_rule="1/sqrt(2L)") for name in ("one", "pre"))
+    assert one.log_total_gain == pytest.approx(pre.log_total_gain, abs=1e-12)
+    ids, records = torch.randint(37, (2, 9)), []
+    for name in ("one", "pre"):
+        model = model_of(tiny_config, name).double()
+        records.append(probes.measure(model, lambda m=model: m(ids, labels=ids, use_cache=False).loss))
+    assert not records[0].unmatched and len(records[0].signal_rms_by_stream) == 1
+    for key in ("signal_rms", "gradient_rms", "effective_rank", "token_cosine"):
+        assert getattr(records[0], key) == pytest.approx(getattr(records[1], key)), key
+    assert records[0].rho["attn"] == pytest.approx(records[1].rho["attn"])
+
+
+def test_a_state_that_grows_from_block_to_block_is_followed(tiny_config, monkeypatch):
+    class Growing(Placement):
+        """Every sublayer reads the mean of all that was written before it; the state keeps each block's outputs."""
+
+        final_norm = True
+
+        def enter(self, x):
+            return x.unsqueeze(-2)
+
+        def exit(self, x):
+            return x.mean(-2)
+
+        def block(self, x, attn, ffn):
+            x = torch.cat([x, attn(self.attn_norm(x.mean(-2))).unsqueeze(-2)], dim=-2)
+            return torch.cat([x, ffn(self.ffn_norm(x.mean(-2))).unsqueeze(-2)], dim=-2)
+
+    monkeypatch.setitem(PLACEMENTS, "growing", Growing)
+    body = theory.Body(sequence_length=1, eps=0.0)
+    p = theory.predict("growing", 3, body=body)  # variances 1, v_a = 1 and v_f of independent sources
+    v_f, sources = 0.35578, [1.0]
+    for b in range(3):
+        assert p.variance["attn_norm"][b] == pytest.approx(sum(sources) / len(sources) ** 2, rel=1e-4)
+        sources.append(1.0)
+        assert p.variance["ffn_norm"][b] == pytest.approx(sum(sources) / len(sources) ** 2, rel=1e-4)
+        sources.append(v_f)
+    assert p.variance["output"][-1] == pytest.approx(sum(sources) / len(sources) ** 2, rel=1e-4)
+    model, ids = model_of(tiny_config, "growing").double(), torch.randint(37, (2, 9))
+    record = probes.measure(model, lambda: model(ids, labels=ids, use_cache=False).loss)
+    assert len(record.signal_rms_by_stream) == 5  # of two blocks: the last one reads out
+    assert record.unmatched == {"attn": [0, 1, 2], "ffn": [0, 1, 2]}
+    assert all(math.isfinite(v) for v in record.signal_rms + record.gradient_rms + record.effective_rank)

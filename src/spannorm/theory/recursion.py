@@ -71,7 +71,8 @@ class Walk:
             norm.__class__, norm.name, norm.walk = _Norm, name, self
         with torch.no_grad():
             enters = [self._leaf(i) for i in range(self.first_branch)]
-            x = torch.stack(enters, dim=-2) if layer_idx and len(enters) > 1 else enters[0]
+            opened = layer_idx > 0 and self.placement.enter(enters[0]).ndim == 4  # block 0 opens the streams itself
+            x = torch.stack(enters, dim=-2) if opened else enters[0]
             try:
                 left: Any = self.placement(x, lambda n: self._branch("attn", n), lambda n: self._branch("ffn", n))
             except NoRule as error:
