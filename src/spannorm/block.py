@@ -44,4 +44,5 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Stream, *args: Any, **kwargs: Any) -> State:
-        return self.placement(x, lambda y: self.attn(y, *args, **kwargs), self.ffn)
+        # functions, not modules: Accelerate's hooks would move a module that is an argument
+        return self.placement(x, lambda y: self.attn(y, *args, **kwargs), lambda y: self.ffn(y))

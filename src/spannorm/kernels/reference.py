@@ -128,5 +128,7 @@ def add_norm(
     if bias is None:
         y = F.rms_norm(total, weight.shape, weight.to(total.dtype), eps)
     else:
-        y = F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps)
+        # on a CPU PyTorch sums half precision's gains and biases in half precision
+        wide = total.float() if total.device.type == "cpu" and total.dtype in (torch.bfloat16, torch.float16) else total
+        y = F.layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(total.dtype)
     return (y, total) if return_sum else y

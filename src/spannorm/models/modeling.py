@@ -45,7 +45,10 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
         def attn(x: Stream) -> Stream:
             return self.self_attn(hidden_states=x, **kwargs)[0]
 
-        return self.placement(hidden_states, attn, self.mlp)
+        def ffn(x: Stream) -> Stream:  # a function: Accelerate's hooks would move a module that is an argument
+            return self.mlp(x)
+
+        return self.placement(hidden_states, attn, ffn)
 
 
 class SpanNormPreTrainedModel(PreTrainedModel):
