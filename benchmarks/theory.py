@@ -25,6 +25,7 @@ from spannorm import theory
 from spannorm.files import read_json, write_json
 from spannorm.lab.panels import STYLE, WIDTH
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
+from spannorm.placements import PLACEMENTS
 from spannorm.probes import gradient_paths, measure
 from spannorm.train.environment import machine, versions
 
@@ -161,7 +162,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", default="8,32,128,512")
-    parser.add_argument("--arms", default=",".join([*theory.PLACEMENTS, *UNSCALED]))
+    parser.add_argument("--arms", default=",".join([*PLACEMENTS, *UNSCALED]))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
