@@ -6,6 +6,7 @@ Causality, gradients, caches, checkpoints and files are tested for every placeme
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -75,30 +76,37 @@ def test_the_methods_own_init_reaches_values_and_ffn_and_leaves_queries_and_keys
     assert seen == set(scaled)
 
 
-# The parameters inside sublayers besides the seven matrices, with their sizes: 4 heads of 4, 2 key heads, FFN 24.
-HEAD = {"q_proj.output_norm.weight": 4, "k_proj.output_norm.weight": 4}
-INNER = {
-    "olmo2": {"q_proj.output_norm.weight": 16, "k_proj.output_norm.weight": 8},
-    "hybrid": {**HEAD, "v_proj.output_norm.weight": 4},
-    "hybrid_star": {**HEAD, "v_proj.output_norm.weight": 4},
-    "subln": {"o_proj.input_norm.weight": 16, "down_proj.input_norm.weight": 24},
-    "normformer": {"o_proj.head_scale": 4, "down_proj.input_norm.weight": 24},
+# The parameters inside sublayers besides the seven matrices, with their sizes over a head and over the whole width:
+# 4 heads of 4, 2 key heads, FFN 24.
+SITES = {
+    "q": ("q_proj.output_norm.weight", {"head": 4, "width": 16}),
+    "k": ("k_proj.output_norm.weight", {"head": 4, "width": 8}),
+    "v": ("v_proj.output_norm.weight", {"head": 4, "width": 8}),
+    "attn_out": ("o_proj.input_norm.weight", {"width": 16}),
+    "ffn_down": ("down_proj.input_norm.weight", {"width": 24}),
+    "head_scale": ("o_proj.head_scale", {"head": 4}),
 }
+INNER = [name for name, fact in FACTS.items() if fact.inner_norms]
+
+
+def inside(norms: Mapping[str, str]) -> dict[str, int]:
+    return {SITES[role][0]: SITES[role][1][over] for role, over in norms.items()}
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_inner_norms_stand_where_the_placement_says_and_nowhere_else(tiny_config, placement, qk_norm):
     model = SpanNormForCausalLM(tiny_config(placement=placement, qk_norm=qk_norm))
-    expected = {**(HEAD if qk_norm else {}), **INNER.get(placement, {})}
+    own = {"q": "head", "k": "head"} if qk_norm else {}
+    expected = inside({**own, **FACTS[placement].inner_norms})
     for layer in model.model.layers:
-        inside = {
+        found = {
             name.split(".", 1)[1]: parameter
             for name, parameter in layer.named_parameters()
             if name.startswith(("self_attn.", "mlp.")) and parameter.ndim == 1
         }
-        assert {name: p.numel() for name, p in inside.items()} == expected
-        assert all(torch.equal(p, torch.ones_like(p)) for p in inside.values())
+        assert {name: p.numel() for name, p in found.items()} == expected
+        assert all(torch.equal(p, torch.ones_like(p)) for p in found.values())
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
