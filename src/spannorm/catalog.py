@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
 
+from rich.table import Table
+from rich.text import Text
+
+from spannorm.console import wide_console
 from spannorm.placements import PLACEMENTS, Stack, placement_options
 
 FIELDS = ("Equation", "Ends", "Init", "Source", "Our reading")
@@ -59,6 +64,22 @@ def as_text(e: Entry) -> str:
     lines += [f"Default depth rule: {e.depth_rule}. Recommended base init: {e.base_init}."]
     lines += [f"Options: {', '.join(e.options)}."] if e.options else []
     return "\n".join(lines)
+
+
+def print_entries(entries: Sequence[Entry]) -> None:
+    """Print placements as a table: equation, then ends, init, source and what is our reading."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("equation, ends, init, source, our reading", ratio=1)
+    table.add_column("default rule", no_wrap=True)
+    table.add_column("base init", no_wrap=True)
+    for e in entries:
+        words = {key: text.replace("`", "") for key, text in e.fields.items()}
+        cell = Text(words.pop("Equation", ""))
+        for key, text in words.items():
+            cell.append(f"\n{key}: {text}", style="dim")
+        table.add_row(e.name, cell, e.depth_rule, e.base_init)
+    wide_console().print(table)
 
 
 def markdown() -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from spannorm.catalog import Entry
 from spannorm.console import wide_console
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
@@ -56,22 +53,6 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
         for line in verdict_lines(summarize(results["arms"], protocol["pairs"])):
             console.print(f"• {line}", highlight=False)
     console.print(f"results  {out / RESULTS}\nreport   {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def print_placements(entries: Sequence[Entry], console: Console | None = None) -> None:
-    """Print the catalog of placements: equation, then ends, init, source and what is our reading."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    table.add_column("name", no_wrap=True, style="bold")
-    table.add_column("equation, ends, init, source, our reading", ratio=1)
-    table.add_column("default rule", no_wrap=True)
-    table.add_column("base init", no_wrap=True)
-    for e in entries:
-        words = {key: text.replace("`", "") for key, text in e.fields.items()}
-        cell = Text(words.pop("Equation", ""))
-        for key, text in words.items():
-            cell.append(f"\n{key}: {text}", style="dim")
-        table.add_row(e.name, cell, e.depth_rule, e.base_init)
-    (console or wide_console()).print(table)
 
 
 def by_loss(arm: dict[str, Any]) -> tuple[bool, float]:
