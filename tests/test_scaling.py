@@ -204,6 +204,13 @@ def test_an_empty_name_is_no_rule():
         depth_rule("", 4)
 
 
+@pytest.mark.parametrize("block", [-1, 4, 10**6])
+@pytest.mark.parametrize("name", ["none", "1/sqrt(b+1)", "ds-init"])
+def test_a_block_outside_the_model_is_refused(name, block):
+    with pytest.raises(InputError, match=rf"layer_idx must lie in 0 … 3 for 4 blocks; got {block}\."):
+        depth_rule(name, 4, block)
+
+
 @pytest.mark.parametrize("depth", [0, -1])
 @pytest.mark.parametrize("name", ["none", "1/sqrt(L)", "deepnorm", "layerscale"])
 def test_a_model_without_blocks_is_refused(name, depth):

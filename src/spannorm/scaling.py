@@ -135,10 +135,13 @@ def depth_rule(name: str, num_layers: int, layer_idx: int = 0) -> DepthRule:
         layer_idx: b.
 
     Raises:
-        InputError: the name does not follow the grammar, an argument is not a positive number, or L is below 1.
+        InputError: the name does not follow the grammar, an argument is not a positive number, L is below 1, or b lies
+            outside 0 … L−1.
     """
     if num_layers < 1:
         raise InputError(f"a model needs at least 1 block; num_layers is {num_layers}.")
+    if not 0 <= layer_idx < num_layers:
+        raise InputError(f"layer_idx must lie in 0 … {num_layers - 1} for {num_layers} blocks; got {layer_idx}.")
     found = _ARGUMENTS.fullmatch(name)
     word, given = found.groups() if found else (name, None)
     factor_name, *suffixes = word.split(":")

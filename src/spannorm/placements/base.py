@@ -88,8 +88,6 @@ class Placement(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers, layer_idx)
-        if not 0 <= layer_idx < num_layers:
-            raise InputError(f"layer_idx must lie in 0 … {num_layers - 1} for {num_layers} blocks; got {layer_idx}.")
         check_output_norms(type(self), self.rule)
         self.options = options
         self.embedding_norm = self.layout(num_layers, **options).embedding_norm

@@ -39,8 +39,9 @@ class Flow(TorchFunctionMode):
         super().__exit__(*error)
 
     def mark(self, x: Tensor, branch: str) -> None:
-        """Let `x` be of a branch; of none where the name is empty."""
-        self._branches[id(x)] = x, branch
+        """Let `x` be of a branch; an empty name says nothing."""
+        if branch:
+            self._branches[id(x)] = x, branch
 
     def branch(self, x: Any) -> str:
         """Whose output `x` is; empty for none."""

@@ -100,6 +100,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._watch_gradient(len(self.placements), output)
         if self._watching:
             self._at_point(len(self.placements), output)
+            self._flow = None  # and the tensors that it kept
 
     def _watched(self, b: int, branch: str, sublayer: Sublayer) -> Sublayer:
         def watched(x: Tensor) -> Tensor:

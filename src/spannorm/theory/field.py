@@ -30,7 +30,11 @@ class Field(Tensor):
         name, kwargs = func.__name__, kwargs or {}
         if name == "__get__":  # an attribute
             name = func.__self__.__name__
-        if name not in RULES or not RULES[name](args, kwargs):
+        try:
+            allowed = name in RULES and RULES[name](args, kwargs)
+        except (AttributeError, IndexError, TypeError):  # called in a way that no rule reads
+            allowed = False
+        if not allowed:
             raise NoRule(f"the theory has no rule for the operation {name!r} as it is used there")
         with torch._C.DisableTorchFunctionSubclass():
             if name == "detach":
