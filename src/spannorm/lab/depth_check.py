@@ -58,7 +58,7 @@ def measurements(
         costs = block_skip_costs(model, loss_of, blocks=tried)
     finally:
         model.train(training)
-    # of two streams there is one where they meet, at the end
+    # several streams are one where they meet, at the end
     outputs = {} if record.signal_rms_by_stream else {"variance:output": _mean_square(record)}
     quantities = {
         **{f"variance:{site}": float(np.nanmean(values)) for site, values in record.variance.items()},

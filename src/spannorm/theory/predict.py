@@ -46,8 +46,8 @@ class Prediction:
     ffn_share: tuple[float, ...]
     """The like share of the feed-forward."""
     log_gradient: tuple[float, ...]
-    """ln of the gradient's RMS at the block's input, over that at the stack's output. Of two streams it is the
-    gradient of a push on both at once."""
+    """ln of the gradient's RMS at the block's input, over that at the stack's output. Of several streams it is the
+    gradient of a push on all at once."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
