@@ -308,3 +308,13 @@ def test_a_state_that_grows_from_block_to_block_is_followed(tiny_config, monkeyp
     assert len(record.signal_rms_by_stream) == 5  # of two blocks: the last one reads out
     assert record.unmatched == {"attn": [0, 1, 2], "ffn": [0, 1, 2]}
     assert all(math.isfinite(v) for v in record.signal_rms + record.gradient_rms + record.effective_rank)
+
+
+def test_a_placement_must_say_whether_a_norm_follows_the_stack():
+    class Silent(Placement):
+        def block(self, x, attn, ffn):
+            return x
+
+    with pytest.raises(InputError, match=r"Silent must say `final_norm`: whether a norm follows"):
+        spannorm.register_placement("silent", Silent)
+    assert "silent" not in PLACEMENTS

@@ -51,10 +51,12 @@ def register_placement(name: str, kind: type[Placement]) -> None:
         kind: a subclass of `Placement`.
 
     Raises:
-        InputError: the name is taken by another placement, or `kind` is not a placement.
+        InputError: the name is taken by another placement, `kind` is not a placement, or it has no `final_norm`.
     """
     if not (isclass(kind) and issubclass(kind, Placement)):
         raise InputError(f"register_placement takes a subclass of Placement; got {kind!r}.")
+    if not hasattr(kind, "final_norm") and "layout" not in vars(kind):
+        raise InputError(f"{kind.__name__} must say `final_norm`: whether a norm follows the stack's last block.")
     if PLACEMENTS.get(name, kind) is not kind:
         raise InputError(f"the placement name {name!r} is taken: choose another.")
     PLACEMENTS[name] = kind
