@@ -188,6 +188,11 @@ def test_the_theory_names_the_operation_that_it_cannot_follow_and_the_placement(
         (lambda x: 1.0 / x, "__rdiv__"),
         (lambda x: torch.ones(x.shape[1], x.shape[1], dtype=x.dtype) @ x, "matmul"),
         (lambda x: x[:, 1:], "__getitem__"),
+        (lambda x: x[:, torch.arange(x.shape[1]).flip(0)], "__getitem__"),
+        (lambda x: torch.einsum("bsd,st->btd", x, torch.ones(x.shape[1], x.shape[1], dtype=x.dtype)), "einsum"),
+        (lambda x: torch.einsum("bsd,de->bse", x, torch.ones(1, 1, dtype=x.dtype)), "einsum"),
+        (lambda x: x * torch.arange(1.0, 1 + x.shape[1])[:, None], "mul"),
+        (lambda x: x / torch.arange(1.0, 1 + x.shape[1])[:, None], "div"),
     ],
 )
 def test_what_is_not_linear_or_mixes_tokens_or_channels_is_refused(monkeypatch, operation, name):

@@ -113,27 +113,27 @@ def depth_check(
     rows: list[Row] = []
     unpredicted: dict[str, str] = {}
     profiles: list[dict[str, Any]] = []
-    for stack in chosen:
-        model_config(stack.recipe)
+    for case in chosen:
+        model_config(case.recipe)
     quiet()
     tokens = prepare_data(chosen[0].recipe.data, data)
     batch = _batch(tokens, chosen[0].recipe.train)
     repeat = repeats(batch)
-    for stack in chosen:
-        on_case(stack)
+    for case in chosen:
+        on_case(case)
         expected: dict[str, float] = {}
         by_layer: list[float] | None = None
         try:
-            prediction = stack.predicted(repeat)
+            prediction = case.predicted(repeat)
             expected = predictions(prediction)
             by_layer = [*prediction.log_gradient] if len(prediction.blocks) == prediction.num_layers else None
         except theory.NoRule as reason:
-            unpredicted[" ".join(map(str, stack.key))] = str(reason)
+            unpredicted[" ".join(map(str, case.key))] = str(reason)
         by_step: dict[int, list[tuple[dict[str, float], dict[str, list[float]], float]]] = {}
         for seed in range(seeds):
-            for step, found in _trained(stack, seed, tokens, batch, sorted(set(steps))):
+            for step, found in _trained(case, seed, tokens, batch, sorted(set(steps))):
                 by_step.setdefault(step, []).append(found)
-        placement, rule, depth = stack.key
+        placement, rule, depth = case.key
         for step, found in by_step.items():
             for quantity in dict.fromkeys([*(expected if step == 0 else ()), *found[0][0]]):
                 values = [quantities.get(quantity, math.nan) for quantities, _, _ in found]
@@ -160,12 +160,12 @@ def _batch(tokens: TokenData, train: TrainRecipe) -> torch.Tensor:
 
 
 def _trained(
-    stack: Case, seed: int, tokens: TokenData, batch: torch.Tensor, steps: Sequence[int]
+    case: Case, seed: int, tokens: TokenData, batch: torch.Tensor, steps: Sequence[int]
 ) -> Iterator[tuple[int, Any]]:
     """A model's measurements after each of the steps; a model whose loss is no longer finite ends early."""
     last = max(steps)
-    train = replace(stack.recipe.train, steps=max(last, 1), seed=seed)
-    one = replace(stack.recipe, train=train, model={**stack.recipe.model, "init_seed": seed})
+    train = replace(case.recipe.train, steps=max(last, 1), seed=seed)
+    one = replace(case.recipe, train=train, model={**case.recipe.model, "init_seed": seed})
     model = SpanNormForCausalLM(model_config(one, tokens))
     found: list[tuple[int, Any]] = []
     if 0 in steps:

@@ -39,13 +39,13 @@ def gains(chosen: Sequence[Case], results: Results) -> Figure:
     """Against depth."""
     rows = results["rows"]
     arms: dict[tuple[str, str], list[Case]] = {}
-    for stack in chosen:
-        arms.setdefault(stack.key[:2], []).append(stack)
+    for case in chosen:
+        arms.setdefault(case.key[:2], []).append(case)
     look = looks(arms)
     lines = (len(arms) + 2) // 3
     figure = Figure(figsize=(WIDTH, 3.5 + 0.16 * lines))
     axes = figure.subplots(1, 2)
-    depths = sorted({stack.key[2] for stack in chosen})
+    depths = sorted({case.key[2] for case in chosen})
     steps = sorted({row["step"] for row in rows if row["measured"] is not None})
     for ax, quantity, title in zip(
         axes, ("skip_gain", "total_gain"), ("the skip path alone", "the whole gradient"), strict=True
@@ -77,8 +77,8 @@ def gains(chosen: Sequence[Case], results: Results) -> Figure:
 
 def training(chosen: Sequence[Case], results: Results) -> Figure:
     """Through training, the deepest stack of each arm: skip–branch correlation, gradient, rank by layer at the end."""
-    deepest = max(stack.key[2] for stack in chosen)
-    arms = [stack.key[:2] for stack in chosen if stack.key[2] == deepest]
+    deepest = max(case.key[2] for case in chosen)
+    arms = [case.key[:2] for case in chosen if case.key[2] == deepest]
     look = looks(arms)
     lines = (len(arms) + 2) // 3
     figure = Figure(figsize=(WIDTH, 2.9 + 0.16 * lines))

@@ -42,8 +42,8 @@ def progress(count: int) -> Iterator[Callable[[Case], None]]:
     with bar:
         task = bar.add_task("preparing the text", total=count, completed=-1)
 
-        def on_case(stack: Case) -> None:
-            placement, rule, depth = stack.key
+        def on_case(case: Case) -> None:
+            placement, rule, depth = case.key
             bar.update(task, advance=1, description=f"{placement} {rule}, {depth} blocks")
 
         yield on_case
@@ -109,28 +109,28 @@ def words(chosen: Sequence[Case], results: Mapping[str, Any]) -> list[str]:
         if row["quantity"] == "total_gain" and row["measured"]:
             measured.setdefault((row["placement"], row["depth_rule"], row["depth"]), {})[row["step"]] = row["measured"]
     deepest: dict[tuple[str, str], Case] = {}
-    for stack in sorted(chosen, key=lambda s: s.key[2]):
-        deepest[stack.key[:2]] = stack
+    for case in sorted(chosen, key=lambda s: s.key[2]):
+        deepest[case.key[:2]] = case
     sentences = []
     last: dict[str, Case] = {}
-    for (placement, rule), stack in deepest.items():
-        why = results.get("unpredicted", {}).get(" ".join(map(str, stack.key)))
+    for (placement, rule), case in deepest.items():
+        why = results.get("unpredicted", {}).get(" ".join(map(str, case.key)))
         if why is None:
-            said = theory.verdict(stack.predicted(repeat), _body(stack, repeat), **stack.stack.options).words
+            said = theory.verdict(case.predicted(repeat), _body(case, repeat), **case.stack.options).words
         else:
             said = f"measured without a prediction ({why.rstrip('.')})"
         gains = [
             f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
-            for step, gain in sorted(measured.get(stack.key, {}).items())
+            for step, gain in sorted(measured.get(case.key, {}).items())
             if step in (0, last_step)
         ]
         found = f"; {', '.join(gains)}" if gains else ""
-        sentences.append(f"{placement} {rule}, {stack.key[2]} blocks: {said}{found}.")
+        sentences.append(f"{placement} {rule}, {case.key[2]} blocks: {said}{found}.")
         if why is None:
-            last[placement] = max(stack, last.get(placement, stack), key=lambda s: s.key[2])
-    for placement, stack in last.items():
-        depth = stack.key[2]
-        advised = theory.advised_rule(placement, depth, _body(stack, repeat), **stack.stack.options)
+            last[placement] = max(case, last.get(placement, case), key=lambda s: s.key[2])
+    for placement, case in last.items():
+        depth = case.key[2]
+        advised = theory.advised_rule(placement, depth, _body(case, repeat), **case.stack.options)
         advice = f"choose {advised}" if advised else "no rule of 1/sqrt(L), 1/sqrt(2L), 1/L keeps the gradient"
         sentences.append(f"{placement}: at {depth} blocks and at initialization {advice}.")
         trained = {key[1]: gains[last_step] for key, gains in measured.items()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class Placement(nn.Module, ABC):
         super().__init__()
         self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers, layer_idx)
         check_output_norms(type(self), self.rule)
-        self.options = options
+        self.options = {**self.option_defaults(), **options}
         self.embedding_norm = self.layout(num_layers, **options).embedding_norm
         self.hidden_size, self.layer_idx, self.num_layers = hidden_size, layer_idx, num_layers
         self.norm_name, self.eps = norm, eps
@@ -110,6 +111,12 @@ class Placement(nn.Module, ABC):
     def layout(cls, num_layers: int) -> Layout:
         """What the placement says of a whole stack. Its own options are taken and checked here, by keyword."""
         return Layout({0: cls}, embedding_norm=False)
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """The placement's own options: those that `layout` takes by keyword, with their defaults."""
+        own = signature(cls.layout).parameters.values()
+        return {p.name: p.default for p in own if p.kind is Parameter.KEYWORD_ONLY}
 
     def norms(self) -> tuple[str, ...]:
         """The role names of this block's norms."""

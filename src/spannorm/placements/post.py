@@ -113,7 +113,7 @@ class Keel(Placement):
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
-        alpha = self.options.get("alpha") or 2.0 * self.num_layers
+        alpha = self.options["alpha"] or 2.0 * self.num_layers
         self.alpha = 1.0 if self.is_first else float(alpha)
 
     @classmethod

@@ -49,8 +49,7 @@ class SpanNorm(Placement):
         return Layout({0: cls}, embedding_norm=initial_norm == "embedding")
 
     def norms(self) -> tuple[str, ...]:
-        reads = self.options.get("initial_norm", "attention")
-        first = ("initial_norm",) if reads == "attention" and self.is_first else ()
+        first = ("initial_norm",) if self.options["initial_norm"] == "attention" and self.is_first else ()
         return (*first, "attn_norm", "ffn_norm")
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from inspect import Parameter, isclass, signature
+from inspect import isclass
 from typing import Any, Literal
 
 from spannorm.errors import InputError, unknown
@@ -64,7 +64,7 @@ def register_placement(name: str, kind: type[Placement]) -> None:
 
 def placement_options(name: str) -> list[str]:
     """The names of a placement's own options."""
-    return [p.name for p in signature(PLACEMENTS[name].layout).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    return list(PLACEMENTS[name].option_defaults())
 
 
 @dataclass(frozen=True)

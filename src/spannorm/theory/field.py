@@ -30,13 +30,13 @@ class Field(Tensor):
         name, kwargs = func.__name__, kwargs or {}
         if name == "__get__":  # an attribute
             name = func.__self__.__name__
-        try:
-            allowed = name in RULES and RULES[name](args, kwargs)
-        except (AttributeError, IndexError, TypeError):  # called in a way that no rule reads
-            allowed = False
-        if not allowed:
-            raise NoRule(f"the theory has no rule for the operation {name!r} as it is used there")
         with torch._C.DisableTorchFunctionSubclass():
+            try:
+                allowed = name in RULES and RULES[name](args, kwargs)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # no rule reads this call
+                allowed = False
+            if not allowed:
+                raise NoRule(f"the theory has no rule for the operation {name!r} as it is used there")
             if name == "detach":
                 value, slope = args[0].chunk(2)
                 return torch.cat((value, torch.zeros_like(slope))).as_subclass(cls)
@@ -79,8 +79,44 @@ def _over_streams(args: Any, kwargs: Any) -> bool:
     return axes <= set(range(2, args[0].ndim - 1))
 
 
+def _alike(args: Any) -> bool:
+    """Whether every factor beside the field is the same for all tokens."""
+    like = next(a for a in args if isinstance(a, Field)).shape
+    for a in args:
+        if isinstance(a, Tensor) and not isinstance(a, Field) and a.numel() > 1:
+            whole = a.expand(torch.broadcast_shapes(a.shape, like))
+            if not (whole == whole[:1, :1]).all():
+                return False
+    return True
+
+
 def _product(args: Any, kwargs: Any) -> bool:
-    return _fields(args) == 1
+    return _fields(args) == 1 and _alike(args)
+
+
+def _einsum(args: Any, kwargs: Any) -> bool:
+    """The field's letters for batch, tokens and channels stay where they are, and no factor differs between tokens; or
+    a factor is zero throughout."""
+    terms, _, out = args[0].replace(" ", "").partition("->")
+    operands = _flat(args[1:])
+    if _fields(operands) != 1 or _vanishes(operands):
+        return _fields(operands) == 1
+    ((own, _),) = (pair for pair in zip(terms.split(","), operands, strict=True) if isinstance(pair[1], Field))
+    for term, factor in zip(terms.split(","), operands, strict=True):
+        by_token = not isinstance(factor, Field) and own[1] in term
+        if by_token and not (term[:2] == own[:2] and (factor == factor[:1, :1]).all()):
+            return False
+    return "." not in terms and out[:2] == own[:2] and out[-1] == own[-1]
+
+
+def _index(args: Any, kwargs: Any) -> bool:
+    """`x[..., i, :]` or `x[:, :, i]`: streams alone are chosen."""
+    index, whole = args[1], slice(None)
+    if not isinstance(index, tuple) or any(i is None for i in index):
+        return False
+    if index[0] is Ellipsis:
+        return index[-1] == whole and len(index) <= args[0].ndim - 1
+    return len(index) in (2, 3) and index[:2] == (whole, whole) and args[0].ndim == 4
 
 
 def _mixing(args: Any, kwargs: Any) -> bool:
@@ -97,13 +133,15 @@ _PRODUCTS = ("einsum", "matmul", "linear")
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("add", "sub", "__radd__", "__rsub__"), _linear),
     **dict.fromkeys(("sum", "mean", "unbind", "chunk", "select"), _over_streams),
-    **dict.fromkeys(("mul", "__rmul__", "einsum"), _product),
+    **dict.fromkeys(("mul", "__rmul__"), _product),
+    "einsum": _einsum,
+    "__getitem__": _index,
     **dict.fromkeys(("matmul", "__rmatmul__", "linear"), _mixing),
-    "div": lambda args, kwargs: _fields(args[1:]) == 0,
-    "addcmul": lambda args, kwargs: _linear(args[:1], {}) and _fields(args[1:]) == 1,
+    "div": lambda args, kwargs: _fields(args[1:]) == 0 and _alike(args),
+    "addcmul": lambda args, kwargs: _linear(args[:1], {}) and _product(args[1:], {}),
     "stack": lambda args, kwargs: _linear([args[0]], {}),
     "cat": lambda args, kwargs: _linear([args[0]], {}),
-    **dict.fromkeys(("neg", "detach", "unsqueeze", "squeeze", "expand", "__getitem__", "contiguous", "clone"), _always),
+    **dict.fromkeys(("neg", "detach", "unsqueeze", "squeeze", "expand", "contiguous", "clone"), _always),
     **dict.fromkeys(_FACTS, _always),
 }
 """Operation → whether the theory can follow it with these arguments."""

@@ -103,9 +103,8 @@ class Walk:
         streams = x.unbind(-2) if x.ndim == 4 else (x,)
         variances = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
         self.sites[name] = float(np.mean([self.body.positions.mean(v) for v in variances]))
-        normed = [
-            f / torch.from_numpy(np.sqrt(v + self.body.eps))[:, None] for f, v in zip(streams, variances, strict=True)
-        ]
+        stds = [torch.from_numpy(np.sqrt(v + self.body.eps))[:, None] for v in variances]
+        normed = [(f.as_subclass(Tensor) / std).as_subclass(Field) for f, std in zip(streams, stds, strict=True)]
         return torch.stack(normed, dim=-2) if x.ndim == 4 else normed[0]
 
     def _branch(self, kind: Branch, n: Any) -> Any:
