@@ -25,8 +25,6 @@ from spannorm.train.environment import machine, versions
 NAMES = {
     "placement.attn_norm": "input_layernorm",
     "placement.ffn_norm": "post_attention_layernorm",
-    "q_proj.output_norm": "q_norm",
-    "k_proj.output_norm": "k_norm",
 }
 
 

@@ -29,7 +29,7 @@ class Case:
         self.cf: float | Tensor
         if isinstance(factors, str):
             shape = (1,) if factors == "scalar" else (WIDTH,)
-            self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
+            self.ca, self.cf = (self.leaf(f"gains_norm.{n}_scale", *shape) for n in ("attn", "ffn"))
         else:
             self.ca, self.cf = factors
 

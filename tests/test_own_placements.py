@@ -13,7 +13,7 @@ from torch import nn
 
 import spannorm
 from spannorm import InputError, Placement, Stack, probes, theory
-from spannorm.placements import PLACEMENTS
+from spannorm.placements import PLACEMENTS, Gains
 
 OWN = {"hyper": Hyper, "gated": Gated, "mixed": Mixed}
 
@@ -31,8 +31,8 @@ def model_of(tiny_config, name: str, **more):
 
 
 def own_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    placements = {n: m for n, m in model.named_modules() if isinstance(m, Placement)}
-    return {f"{n}.{k}": p for n, m in placements.items() for k, p in m.named_parameters(recurse=False)}
+    owners = {n: m for n, m in model.named_modules() if isinstance(m, (Placement, Gains))}
+    return {f"{n}.{k}": p for n, m in owners.items() for k, p in m.named_parameters(recurse=False)}
 
 
 def test_four_static_streams_at_their_start_are_prenorm_to_the_last_bit():
@@ -83,7 +83,7 @@ def test_the_values_are_those_the_method_says(tiny_config):
     assert not torch.equal(own, other)
 
 
-@pytest.mark.parametrize("wrong", ["attn_mix", "ffn_dynamic", "dynamic_gain"])
+@pytest.mark.parametrize("wrong", ["gains_norm.attn_mix", "ffn_dynamic", "gains_norm.dynamic_gain"])
 def test_the_receipt_finds_an_own_parameter_that_is_not_what_it_should_be(tiny_config, wrong):
     model = model_of(tiny_config, "hyper")
     with torch.no_grad():
@@ -150,7 +150,8 @@ def test_in_shards_they_are_drawn_as_in_one_piece(tiny_config, name, rule):
 def test_a_number_saved_without_a_dimension_is_read():
     one, other = (Stack("pre", 2, "rezero").block(0, WIDTH) for _ in range(2))
     nn.init.constant_(one.attn_scale, 0.3)
-    old = {key: value.reshape(()) if key.endswith("_scale") else value for key, value in one.state_dict().items()}
+    old = {key.removeprefix("gains_norm."): value for key, value in one.state_dict().items()}
+    old |= {key: value.reshape(()) for key, value in old.items() if key.endswith("_scale")}
     other.load_state_dict(old)
     assert torch.equal(other.attn_scale, one.attn_scale)
 

@@ -50,7 +50,7 @@ class Reference:
         self.ca, self.cf = forward_factors(rule, b)
         if learned:
             shape = (1,) if learned == "scalar" else (WIDTH,)
-            self.ca, self.cf = self.leaf("attn_scale", *shape), self.leaf("ffn_scale", *shape)
+            self.ca, self.cf = (self.leaf(f"gains_norm.{n}_scale", *shape) for n in ("attn", "ffn"))
         self.mix, self.proj = self.leaf("mix", 3, 3), self.leaf("proj", WIDTH, WIDTH)
         self.up, self.down = self.leaf("up", WIDTH, 12), self.leaf("down", 12, WIDTH)
         self.x = self.leaf("x", 2, 3, WIDTH)
@@ -200,7 +200,7 @@ def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(
     placement = new(name, rule, layer_idx=1, norm="layernorm")
     expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")}
     if rule in ("rezero", "layerscale"):
-        expected |= {"attn_scale", "ffn_scale"}
+        expected |= {"gains_norm.attn_scale", "gains_norm.ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks
         start = torch.full(((1,) if rule == "rezero" else (WIDTH,)), 0.0 if rule == "rezero" else 0.1, dtype=F64)
         torch.testing.assert_close(placement.attn_scale.detach(), start)

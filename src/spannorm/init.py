@@ -84,11 +84,13 @@ def init_plan(
         "initializer_range": initializer_range,
         "tied": tied,
     }
-    plan = {}
+    plan: dict[str, Draw] = {}
     for k in known_parameters(model, roles):
+        if k.role == "own":
+            continue
         matrix = k.layout.matrix(k.parameter)
         fan_out, fan_in = matrix.shape[-2:] if matrix.ndim > 1 else (1, 1)
-        rows = {k.role: fan_out}
+        rows: dict[Role, int] = {k.role: fan_out}
         if len(k.layout.roles) > 1:
             rows = {role: part.numel() for role, part in k.layout.split(torch.empty(fan_out), -1).items()}
         sigmas = tuple(
@@ -154,6 +156,8 @@ class InitReceipt:
     """Expected against actual mean and std of every parameter; `print` it, or assert `not receipt.mismatches`."""
 
     rows: tuple[ReceiptRow, ...]
+    kept: tuple[str, ...] = ()
+    """Parameters that no plan draws: they keep what their own modules drew."""
 
     @property
     def mismatches(self) -> tuple[ReceiptRow, ...]:
@@ -165,6 +169,7 @@ class InitReceipt:
         for row in self.rows:
             flag = "" if row.ok else "  ✗ mismatch"
             lines.append(f"{row.name:{width}}  {row.expected.role:9}  {row.expected.std:12.6g} {row.std:12.6g}{flag}")
+        lines += [f"{name:{width}}  not drawn here: it keeps its own module's init" for name in self.kept]
         bad = len(self.mismatches)
         return "\n".join([*lines, f"{len(self.rows)} tensors, {bad or 'no'} mismatch{'' if bad == 1 else 'es'}"])
 
@@ -180,8 +185,11 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
     Raises:
         InputError: the model is still on meta device and has no values to hold.
     """
-    rows = []
+    rows, kept = [], []
     for name, parameter in model.named_parameters():
+        if name not in plan:
+            kept.append(name)
+            continue
         if parameter.is_meta:
             raise InputError(
                 f"{name} is on meta device: call to_empty and init_weights_ before asking for the receipt."
@@ -199,12 +207,12 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
             found.append((off.item(), draw, centre + means[at].item(), stds[at].item()))
         worst, draw, centre, std = max(found, key=lambda f: f[0])
         rows.append(ReceiptRow(name, tuple(parameter.shape), draw, centre, std, worst <= 0))
-    return InitReceipt(tuple(rows))
+    return InitReceipt(tuple(rows), tuple(kept))
 
 
 def matrices_of_blocks(model: nn.Module, roles: Roles | None = None) -> list[Tensor]:
     """The 2-D weights of attention and feed-forward: what a matrix optimizer such as Muon is for."""
-    outside = {"embedding", "head", "router", "projection", *NO_DECAY}
+    outside = {"embedding", "head", "router", "projection", "own", *NO_DECAY}
     return [k.parameter for k in known_parameters(model, roles) if k.parameter.ndim == 2 and k.role not in outside]
 
 
@@ -225,7 +233,11 @@ def parameter_groups(
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for k in known_parameters(model, roles):
         if k.parameter.requires_grad:
-            decay = 0.0 if k.role in NO_DECAY else weight_decay * k.rule.weight_decay.get(k.role, 1.0)
+            decay = (
+                0.0
+                if k.role in NO_DECAY or (k.role == "own" and k.parameter.ndim < 2)
+                else weight_decay * k.rule.weight_decay.get(k.role, 1.0)
+            )
             rate = learning_rate * k.rule.learning_rate.get(k.role, 1.0)
             groups.setdefault((rate, decay, k.rule.eps.get(k.role, 1.0)), []).append(k.parameter)
     return [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spannorm.errors import InputError
 from spannorm.norms import Norm
-from spannorm.placements import Placement
+from spannorm.placements import Gains, Placement
 from spannorm.scaling import ROLES, DepthRule, Role, depth_rule
 
 
@@ -53,6 +53,7 @@ Roles = Mapping[str, Role | Fused]
 GATE_UP = Fused(("ffn_gate", "ffn_up"))
 LLAMA: Roles = {
     "lm_head": "head",
+    "score": "head",
     "q_proj": "q",
     "k_proj": "k",
     "v_proj": "v",
@@ -61,7 +62,7 @@ LLAMA: Roles = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
     "gate": "router",
-    "head_scale": "norm",
+    "head_scale_norm": "norm",
     "gate_up_proj": GATE_UP,  # of all experts at once, (experts, fan-out, fan-in)
 }
 
@@ -93,6 +94,8 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
     """Each parameter once, in the model's order.
 
     Args:
+        model: where it says `keeps_unknown_parameters`, a parameter without a role has the role `own`: it is left to
+            its module.
         roles: what the parameters of your model do, by the tails of their paths, looked up before all else:
             `{"attn.c_proj": "attn_out", "cls_token": "embedding"}`, or a `Fused` for several matrices stored as one. A
             model may carry its own as `parameter_roles`.
@@ -106,6 +109,7 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
             if role not in ROLES:
                 raise InputError(f"roles: {tail!r} has the role {role!r}; choose one of {', '.join(ROLES)}.")
     modules = dict(model.named_modules())
+    kept: set[str] = set()
     rules = {n: p.rule for n, m in modules.items() if isinstance(p := getattr(m, "placement", None), Placement)}
     nowhere, config = depth_rule("none", 1), getattr(model, "config", None)
     for name, parameter in model.named_parameters():
@@ -113,7 +117,14 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
         parts = path.split(".") if path else []
         parents = [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
         rule = next((rules[p] for p in parents if p in rules), nowhere)
-        what, mean, scale = _what([modules[p] for p in parents], parts, leaf, tails)
+        try:
+            what, mean, scale = _what([modules[p] for p in parents], parts, leaf, tails)
+        except InputError:
+            if not getattr(model, "keeps_unknown_parameters", False):
+                raise
+            kept.add(path)
+        if path in kept:  # a bias goes with its matrix
+            what, mean, scale = "own", 0.0, 1.0
         layout = what.of(config) if isinstance(what, Fused) else Fused((what,))
         yield Known(name, parameter, layout, rule, mean, scale)
 
@@ -124,10 +135,11 @@ def _what(
     """What a parameter does, its mean and its scale; `owners` are its module, that one's, …"""
     owner, full = owners[0], path if leaf == "weight" else [*path, leaf]
     if isinstance(owner, Placement):
-        projections = owner.projections()
+        return "projection", 0.0, owner.projections()[leaf].scale
+    if isinstance(owner, Gains):
+        placement: Any = owners[1]
         with torch.device("cpu"):  # whatever device the model is on: a meta tensor has no value
-            own = {} if leaf in projections else owner.own_gains()
-        return ("projection", 0.0, projections[leaf].scale) if leaf in projections else ("gain", own[leaf], 1.0)
+            return "gain", placement.own_gains()[leaf], 1.0
     for start in range(len(full)):  # the longest tail first
         if (what := tails.get(".".join(full[start:]))) is not None:
             return what, 1.0 if what == "norm" else 0.0, 1.0

@@ -19,9 +19,10 @@ Role = Literal[
     "embedding", "head",
     "q", "k", "v", "attn_out",
     "ffn_gate", "ffn_up", "ffn_down",
-    "router", "projection", "norm", "bias", "gain",
+    "router", "projection", "norm", "bias", "gain", "own",
 ]  # fmt: skip
-"""What a parameter does; `projection` is a matrix of none of the kinds before it, such as one that a placement owns.
+"""What a parameter does; `projection` is a matrix of none of the kinds before it, such as one that a placement owns,
+and what is `own` is left to the init of its own module.
 Init, learning rate and weight decay follow from the role and from nothing else."""
 
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +13,43 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch.nn import functional as F
 
-from spannorm.models import SpanNormForCausalLM
+import spannorm
+from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.placements import PLACEMENTS
+
+# PEFT 0.21 asks for what Transformers 5.24 calls by another name
+peft_of_today = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+INNER = [name for name, kind in PLACEMENTS.items() if kind.inner_norms]
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+LLAMA = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4}  # fmt: skip
 
 
 def ids(batch: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(37, (batch, length))
 
 
+def rewired_llama(placement: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    spannorm.rewire(model, placement)
+    return model
+
+
+def unlike_at_birth(model: Any) -> Any:
+    """Gains that are not 1, so that a norm left out or doubled shows."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model.eval()
+
+
 @pytest.mark.parametrize("rewired", [False, True])
 def test_the_trainer_smooths_shifted_labels(tiny_config: Any, tmp_path: Path, rewired: bool) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    import spannorm
-
-    model: Any = SpanNormForCausalLM(tiny_config())
-    if rewired:
-        sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
-        spannorm.rewire(model, "span")
+    model: Any = rewired_llama("span") if rewired else SpanNormForCausalLM(tiny_config())
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
     trainer = Trainer(model, arguments)
     x = ids()
@@ -70,3 +91,258 @@ def test_a_norms_gradients_are_summed_in_fp32_in_half_precision(norm: str, dtype
         wanted = exact.get_parameter(name).grad
         # each row is rounded once; 8169 of them add up to their number, or to noise around 0
         torch.testing.assert_close(parameter.grad.double(), wanted, rtol=2**-7, atol=2**-8 * 8169**0.5 * 4)
+
+
+@peft_of_today
+@torch.no_grad()
+@pytest.mark.parametrize("rewired", [False, True])
+@pytest.mark.parametrize("placement", ["qk_norm", *INNER])
+def test_lora_merged_is_lora_beside_and_taken_off_again_is_nothing(
+    tiny_config: Any, placement: str, rewired: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    how = {"placement": "pre", "qk_norm": True} if placement == "qk_norm" else {"placement": placement}
+    if rewired and placement == "qk_norm":
+        pytest.skip("no placement of its own")
+    model = unlike_at_birth(rewired_llama(placement) if rewired else SpanNormForCausalLM(tiny_config(**how)))
+    x = ids()
+    before = model(x).logits
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    assert any("lora" in name for name, _ in model.named_parameters() if "o_proj" in name)
+    beside = model(x).logits
+    assert (beside - before).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(x).logits, beside, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    bare = model.unload()
+    torch.testing.assert_close(bare(x).logits, before, rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in bare.named_modules()] == names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rewired", [False, True])
+def test_a_tool_that_replaces_every_linear_leaves_the_norms(tiny_config: Any, rewired: bool) -> None:
+    # what quantizers and inference engines do: another module of the same weight, under the same name
+    class Theirs(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.packed = torch.nn.Parameter(linear.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.packed.T
+
+    for placement in INNER:
+        model = rewired_llama(placement) if rewired else SpanNormForCausalLM(tiny_config(placement=placement))
+        model, x = unlike_at_birth(model), ids()
+        before = model(x).logits
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                assert type(module) is torch.nn.Linear, name
+                model.set_submodule(name, Theirs(module))
+        torch.testing.assert_close(model(x).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rewired", [False, True])
+def test_weights_saved_with_norms_inside_the_projections_load_and_are_saved_beside_them(
+    tiny_config: Any, tmp_path: Path, rewired: bool
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    old = {"q_norm": "q_proj.{}", "k_norm": "k_proj.{}", "v_norm": "v_proj.{}", "attn_out_norm": "o_proj.input_norm",
+           "ffn_down_norm": "down_proj.input_norm", "head_scale_norm.weight": "o_proj.head_scale",
+           "placement.gains_norm": "placement", "layers.0.embedding_norm": "embedding_norm"}  # fmt: skip
+    for placement in (*INNER, "span"):
+        more = {"placement_options": {"initial_norm": "embedding"}, "depth_rule": "layerscale"}
+        model = SpanNormForCausalLM(tiny_config(placement=placement, **(more if placement == "span" else {})))
+        model = unlike_at_birth(rewired_llama(placement) if rewired else model)
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        renamed = {}
+        for name, value in state.items():
+            for new, before in old.items():
+                if not (rewired and new.startswith("layers")):
+                    name = name.replace(new, before.format(new if rewired else "output_norm"))
+            renamed[name] = value
+        assert renamed.keys() != state.keys() or (rewired and placement == "span")
+        save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+        loaded = spannorm.load(tmp_path).eval()
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+        loaded.save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+
+
+def test_a_dense_configuration_has_no_key_of_mixtures_and_a_mixture_has_all_that_trl_asks_for(tiny_config: Any) -> None:
+    dense, mixture = tiny_config(), tiny_config(**EXPERTS)
+    for key in ("output_router_logits", "router_aux_loss_coef", "num_experts_per_tok"):
+        assert not hasattr(dense, key) and key not in dense.to_dict()
+        assert hasattr(mixture, key)
+    assert SpanNormConfig.from_dict(dense.to_dict()).to_dict() == {**dense.to_dict(), "transformers_version": None} or (
+        SpanNormConfig.from_dict(dense.to_dict()).to_dict().keys() == dense.to_dict().keys()
+    )
+    assert dense == tiny_config() != mixture == tiny_config(**EXPERTS) != tiny_config(**EXPERTS, num_experts_per_tok=1,
+                                                                                      norm_topk_prob=False)  # fmt: skip
+    old = {**dense.to_dict(), "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}  # as 0.1 saved them
+    assert not hasattr(SpanNormConfig.from_dict(old), "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("rule", ["rezero", "layerscale"])
+@pytest.mark.parametrize("placement", ["pre", "normformer"])
+def test_transformers_own_weight_decay_falls_on_matrices_alone(tiny_config: Any, placement: str, rule: str) -> None:
+    from transformers import Trainer
+
+    model = SpanNormForCausalLM(tiny_config(placement=placement, depth_rule=rule))
+    theirs = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    assert theirs == {name for name, p in model.named_parameters() if p.ndim > 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{"tie_word_embeddings": True}, {"placement_options": {"initial_norm": "embedding"}}])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_pipeline_by_the_plan_computes_what_one_process_computes(
+    tiny_config: Any, how: dict[str, Any], stages: int
+) -> None:
+    class Missing(torch.nn.Identity):
+        def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+            return x
+
+    def stage(i: int) -> SpanNormForCausalLM:
+        part = SpanNormForCausalLM(config)
+        part.load_state_dict(whole.state_dict())
+        body, plan = part.model.eval(), config.base_model_pp_plan
+        for name in plan:
+            if name == "layers":
+                for b in range(config.num_hidden_layers):
+                    if b * stages // config.num_hidden_layers != i:
+                        body.layers[b] = Missing()
+            elif i != (0 if name == "embed_tokens" else stages - 1):
+                setattr(body, name, Missing())
+        return part
+
+    config = tiny_config(**how, num_hidden_layers=3)
+    whole, x = unlike_at_birth(SpanNormForCausalLM(config)), ids()
+    given: dict[str, torch.Tensor] = {"input_ids": x}
+    for i in range(stages):
+        given = {"inputs_embeds": stage(i).model(**given).last_hidden_state}
+    torch.testing.assert_close(whole.lm_head(given["inputs_embeds"]), whole(x).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("base_init", ["fan_in", "normal"])
+def test_a_grown_vocabulary_is_drawn_like_the_old_one_and_stays(tiny_config: Any, tied: bool, base_init: str) -> None:
+    config = tiny_config(hidden_size=64, tie_word_embeddings=tied, base_init=base_init)
+    model = SpanNormForCausalLM(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.resize_token_embeddings(1037, mean_resizing=False)
+    std = {"fan_in": 1 / 8 if tied else 1.0, "normal": 0.02}[base_init]
+    for table, expected in ((model.model.embed_tokens, std), (model.lm_head, 1 / 8 if base_init == "fan_in" else 0.02)):
+        assert table.weight[37:].std().item() == pytest.approx(expected, rel=0.02)
+    assert not model.init_receipt().mismatches
+    grown = {name: p.clone() for name, p in model.named_parameters()}
+    model.post_init()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, grown[name]), name
+        assert torch.equal(parameter[:37] if parameter.shape[0] == 1037 else parameter, before[name]), name
+    x = ids()
+    assert model(x + 1000).logits.shape == (2, 9, 1037)
+
+
+def test_the_auto_classes_open_a_folder_before_spannorm_is_imported(tiny_config: Any, tmp_path: Path) -> None:
+    models = {"ours": SpanNormForCausalLM(tiny_config(placement="hybrid")), "rewired": rewired_llama("hybrid")}
+    x = torch.arange(9)[None]
+    for name, model in models.items():
+        unlike_at_birth(model).save_pretrained(tmp_path / name)
+        torch.save(model(x).logits, tmp_path / f"{name}.pt")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+root = sys.argv[1]
+for name in ("ours", "rewired"):
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    assert torch.equal(model(torch.arange(9)[None]).logits, torch.load(f"{root}/{name}.pt")), name
+    model = None
+assert LlamaConfig.from_pretrained(f"{root}/rewired").vocab_size == 37  # as PEFT reads it
+try:
+    LlamaForCausalLM.from_pretrained(f"{root}/rewired")
+except FileNotFoundError as error:
+    assert "this model was rewired, load it with spannorm.load" in str(error)
+else:
+    raise SystemExit("a rewired folder was opened as a plain model")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    hidden = """
+import sys
+class Hidden:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "spannorm":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Hidden())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", hidden + script, str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "pip install spannorm" in run.stderr
+
+
+@peft_of_today
+def test_lora_on_a_reloaded_rewired_model_is_saved_and_comes_back(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    rewired_llama("span").save_pretrained(tmp_path / "base")
+    model = get_peft_model(spannorm.load(tmp_path / "base"), LoraConfig(init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(spannorm.load(tmp_path / "base"), tmp_path / "lora")
+    assert torch.equal(again(ids(1, 5)).logits.isfinite(), torch.ones(1, 5, 37, dtype=torch.bool))
+    x = ids()
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+class WithValueHead(SpanNormForCausalLM):
+    def __init__(self, config: SpanNormConfig) -> None:
+        super().__init__(config)
+        self.v_head = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+def test_a_head_of_ones_own_keeps_pytorchs_init_and_is_named(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=64)
+    model = WithValueHead(config)
+    bound = 64**-0.5
+    assert 0.5 * bound < model.v_head.weight.abs().max() <= bound  # nn.Linear's uniform draw
+    assert model.init_receipt().kept == ("v_head.weight", "v_head.bias") and "v_head.weight" in str(
+        model.init_receipt()
+    )
+    plain = SpanNormForCausalLM(config)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in plain.named_parameters())
+    plain.save_pretrained(tmp_path)
+    late = WithValueHead.from_pretrained(tmp_path)
+    assert 0.5 * bound < late.v_head.weight.abs().max() <= bound
+    groups = spannorm.parameter_groups(model, learning_rate=1.0, weight_decay=0.5)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decay[id(model.v_head.weight)], decay[id(model.v_head.bias)]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("placement", ["span", "siamese"])
+def test_classification_heads_read_the_decoder(tiny_config: Any, tmp_path: Path, placement: str) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    x = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]])
+    config = tiny_config(placement=placement, num_labels=3, pad_token_id=0, hidden_size=64)
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = auto.from_config(config).eval()
+        assert not model.init_receipt().mismatches
+        assert model.score.weight.std().item() == pytest.approx(1 / 8, rel=0.15)
+        hidden = model.model(x).last_hidden_state @ model.score.weight.T
+        hidden = hidden if auto is AutoModelForTokenClassification else hidden[[0, 1], [2, 1]]
+        hidden = hidden + (0 if model.score.bias is None else model.score.bias)
+        torch.testing.assert_close(model(x).logits, hidden, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(auto.from_pretrained(tmp_path)(x).logits, model(x).logits)

@@ -77,7 +77,7 @@ def by_token(moe: MixtureOfExperts, x: Tensor, *, k: int, renormalized: bool, no
             gate, up = w["experts.gate_up_proj"][e].chunk(2)
             y = y + p[e] / total * swiglu(token, gate, up, w["experts.down_proj"][e], inside(e))
         if "shared_expert.gate_proj.weight" in w:
-            y = y + moe.shared_expert(token[None])[0]
+            y = y + moe.shared_expert(token[None, None])[0, 0]
         outputs.append(y)
     return torch.stack(outputs).view_as(x)
 
@@ -169,8 +169,8 @@ def test_one_expert_is_the_dense_model(tiny_config, placement, norm):
             name, value = name.replace("gate_proj.weight", "experts.gate_up_proj"), torch.cat([value, up])[None]
         elif name.endswith("down_proj.weight"):
             name, value = name.replace("down_proj.weight", "experts.down_proj"), value[None]
-        elif "down_proj.input_norm" in name:
-            name, value = name.replace("down_proj.input_norm", "experts.down_norm"), value[None]
+        elif "ffn_down_norm" in name:
+            name, value = name.replace("ffn_down_norm", "experts.down_norm"), value[None]
         if not name.endswith("up_proj.weight"):
             state[name] = value
     missing, unexpected = moe.load_state_dict(state, strict=False)
@@ -199,8 +199,6 @@ def test_prenorm_computes_what_transformers_qwen_3_moe_computes(moe_config, step
     renamed = {
         "placement.attn_norm": "input_layernorm",
         "placement.ffn_norm": "post_attention_layernorm",
-        "q_proj.output_norm": "q_norm",
-        "k_proj.output_norm": "k_norm",
     }
     state = ours.state_dict()
     for a, b in renamed.items():

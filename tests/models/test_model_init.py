@@ -131,10 +131,10 @@ def test_drawing_anew_leaves_the_global_generator_alone_and_undoes_training(tiny
         "lm_head.weight",
         "model.embed_tokens.weight",
         "model.layers.0.placement.initial_norm.weight",
-        "model.layers.1.placement.ffn_scale",
+        "model.layers.1.placement.gains_norm.ffn_scale",
         "model.layers.2.mlp.down_proj.weight",
         "model.layers.1.self_attn.q_proj.weight",
-        "model.layers.1.self_attn.k_proj.output_norm.weight",
+        "model.layers.1.self_attn.k_norm.weight",
     ],
 )
 def test_a_tensor_missing_from_a_checkpoint_is_drawn_as_in_a_fresh_model_and_no_other(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
 
 from spannorm.models import SpanNormForCausalLM, SpanNormModel
+from spannorm.norms import Norm
 from spannorm.placements import PLACEMENTS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -79,10 +80,10 @@ def test_the_model_wires_spannorm_by_the_equation(tiny_config, initial_norm):
 
     tokens = ids()
     body = model.model
-    x = 4.0 * body.embed_tokens(tokens)  # tied at width 16: std ¼, times √16 on input
+    x = 4.0 * body.embed_tokens.weight[tokens]  # tied at width 16: std ¼, times √16 on input
     rope = body.rotary_emb(x, torch.arange(9).unsqueeze(0))
     if initial_norm == "embedding":
-        x = N(x, "embedding_norm")
+        x = N(x, "layers.0.embedding_norm")
     for b, layer in enumerate(body.layers):
         read = N(x, f"layers.{b}.placement.initial_norm") if b == 0 and initial_norm == "attention" else x
         # sdpa is causal by itself where no mask is given
@@ -174,19 +175,22 @@ def test_activation_checkpointing_gives_identical_gradients(tiny_config, placeme
 
 
 @placements
-def test_hidden_states_are_the_stream_before_each_block_and_what_the_head_reads(tiny_config, placement):
+def test_hidden_states_are_what_each_block_reads_and_what_the_head_reads(tiny_config, placement):
     config = tiny_config(placement=placement, tie_word_embeddings=True)
     model, x = SpanNormForCausalLM(config), ids()
-    seen = []
+    states = [4.0 * model.model.embed_tokens.weight[x]]
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    out = model(x, output_hidden_states=True)
-    assert len(out.hidden_states) == 3 + 1
-    for recorded, stream in zip(out.hidden_states, seen, strict=False):
-        assert torch.equal(recorded, stream)
-    assert torch.equal(out.hidden_states[0], 4.0 * model.model.embed_tokens(x))
+        layer.register_forward_hook(lambda _, args, out: states.append(out))
+    out = model(x, output_hidden_states=True, output_streams=True)
+    first = model.model.layers[0].placement
+    entering = [first.enter(states[0]), *states[1:-1]]
+    read = [layer.placement.read(state) for layer, state in zip(model.model.layers, entering, strict=True)]
+    for recorded, expected in zip(out.hidden_states[:-1], read, strict=True):
+        assert torch.equal(recorded, expected)
+    assert {h.shape for h in out.hidden_states} == {(2, 9, 16)}
+    assert all(map(torch.equal, out.streams, states[1:]))
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-    assert model(x).hidden_states is None
+    assert model(x).hidden_states is model(x).streams is None
 
 
 @placements
@@ -199,11 +203,10 @@ def test_the_norms_at_the_ends_are_there_if_the_placement_says_so(tiny_config, p
     model = SpanNormModel(tiny_config(placement=placement, norm=norm, rms_norm_eps=1e-4, **options))
     leaves = ("weight", "bias") if norm == "layernorm" else ("weight",)
     expected = {f"norm.{leaf}" for leaf in leaves if placement not in NO_FINAL_NORM}
-    expected |= {f"embedding_norm.{leaf}" for leaf in leaves if initial_norm == "embedding"}
-    ends = {name for name in model.state_dict() if name.startswith(("norm.", "embedding_norm."))}
+    expected |= {f"layers.0.embedding_norm.{leaf}" for leaf in leaves if initial_norm == "embedding"}
+    ends = {name for name in model.state_dict() if name.startswith("norm.") or "embedding_norm" in name}
     assert ends == expected
-    for module in (model.norm, model.embedding_norm):
-        assert isinstance(module, nn.Identity) or module.eps == 1e-4
+    assert all(m.eps == 1e-4 for m in (model.norm, model.layers[0].embedding_norm) if isinstance(m, Norm))
 
 
 def test_qk_norm_normalizes_each_heads_queries_and_keys(tiny_config):
@@ -211,12 +214,13 @@ def test_qk_norm_normalizes_each_heads_queries_and_keys(tiny_config):
     attention = model.model.layers[0].self_attn
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     for name, heads in (("q_proj", 4), ("k_proj", 2)):
-        projection = getattr(attention, name)
-        nn.init.normal_(projection.output_norm.weight)
+        projection, norm = getattr(attention, name), getattr(attention, f"{name[0]}_norm")
+        nn.init.normal_(norm.weight)
         raw = (x @ projection.weight.T).view(2, 5, heads, 4)
-        normed = raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * projection.output_norm.weight
-        torch.testing.assert_close(projection(x), normed.reshape(2, 5, heads * 4), **EXACT)
-    assert type(attention.v_proj) is nn.Linear
+        normed = raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        torch.testing.assert_close(attention.normed(name)(x), normed.reshape(2, 5, heads * 4), **EXACT)
+        assert type(projection) is nn.Linear
+    assert list(attention.sites) == ["q_proj", "k_proj"]
 
 
 def test_token_ids_and_their_embeddings_are_two_ways_to_say_the_same(tiny_config):

@@ -32,7 +32,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 def randomized(model: SpanNormForCausalLM) -> SpanNormForCausalLM:
     """Norms and head gains that are not what they start as."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or "head_scale" in name:
+        if "norm" in name:
             nn.init.normal_(parameter, 1.0, 0.3)
     return model
 
@@ -79,12 +79,12 @@ def test_the_methods_own_init_reaches_values_and_ffn_and_leaves_queries_and_keys
 # The parameters inside sublayers besides the seven matrices, with their sizes over a head and over the whole width:
 # 4 heads of 4, 2 key heads, FFN 24.
 SITES = {
-    "q": ("q_proj.output_norm.weight", {"head": 4, "width": 16}),
-    "k": ("k_proj.output_norm.weight", {"head": 4, "width": 8}),
-    "v": ("v_proj.output_norm.weight", {"head": 4, "width": 8}),
-    "attn_out": ("o_proj.input_norm.weight", {"width": 16}),
-    "ffn_down": ("down_proj.input_norm.weight", {"width": 24}),
-    "head_scale": ("o_proj.head_scale", {"head": 4}),
+    "q": ("q_norm.weight", {"head": 4, "width": 16}),
+    "k": ("k_norm.weight", {"head": 4, "width": 8}),
+    "v": ("v_norm.weight", {"head": 4, "width": 8}),
+    "attn_out": ("attn_out_norm.weight", {"width": 16}),
+    "ffn_down": ("ffn_down_norm.weight", {"width": 24}),
+    "head_scale": ("head_scale_norm.weight", {"head": 4}),
 }
 INNER = [name for name, fact in FACTS.items() if fact.inner_norms]
 
@@ -118,7 +118,7 @@ def attention(w: dict[str, Tensor], x: Tensor) -> Tensor:
     heads = {}
     for letter, count in (("q", 4), ("k", 2), ("v", 2)):
         y = x @ w[f"{letter}_proj.weight"].T
-        gain = w.get(f"{letter}_proj.output_norm.weight")
+        gain = w.get(f"{letter}_norm.weight")
         if gain is not None and len(gain) != 4:
             y = rms(y, gain)
         y = y.view(*x.shape[:2], count, 4)
@@ -137,10 +137,10 @@ def attention(w: dict[str, Tensor], x: Tensor) -> Tensor:
             past = heads["k"][:, : t + 1, head // 2]
             weights = (past @ heads["q"][:, t, head, :, None] / 2).squeeze(-1).softmax(-1)
             outputs[:, t, head] = (weights[..., None] * heads["v"][:, : t + 1, head // 2]).sum(1)
-    if "o_proj.head_scale" in w:
-        outputs = outputs * w["o_proj.head_scale"][:, None]
+    if "head_scale_norm.weight" in w:
+        outputs = outputs * w["head_scale_norm.weight"][:, None]
     y = outputs.flatten(2)
-    y = rms(y, w["o_proj.input_norm.weight"]) if "o_proj.input_norm.weight" in w else y
+    y = rms(y, w["attn_out_norm.weight"]) if "attn_out_norm.weight" in w else y
     return y @ w["o_proj.weight"].T
 
 
@@ -163,7 +163,7 @@ def test_sublayers_with_their_inner_norms_are_what_the_papers_write(tiny_config,
 
     w = dict(layer.mlp.named_parameters())
     inside = F.silu(x @ w["gate_proj.weight"].T) * (x @ w["up_proj.weight"].T)
-    gain = w.get("down_proj.input_norm.weight")
+    gain = w.get("ffn_down_norm.weight")
     inside = inside if gain is None else rms(inside, gain)
     torch.testing.assert_close(layer.mlp(x), inside @ w["down_proj.weight"].T, **EXACT)
 
@@ -225,8 +225,6 @@ def test_olmo2_computes_what_transformers_olmo_2_computes(tiny_config, kv_heads)
     names = {
         "placement.attn_norm": "post_attention_layernorm",
         "placement.ffn_norm": "post_feedforward_layernorm",
-        "q_proj.output_norm": "q_norm",
-        "k_proj.output_norm": "k_norm",
     }
     theirs.load_state_dict(renamed(ours, names))
     x = torch.randint(37, (2, 9))
@@ -263,7 +261,7 @@ def test_a_placement_of_ones_own_trains_in_the_model_and_comes_back_from_its_fil
     assert config.depth_rule == "1/L:forward"
     model, x = SpanNormForCausalLM(config), torch.randint(37, (4, 12))
     assert not model.init_receipt().mismatches
-    assert model.model.layers[0].self_attn.v_proj.output_norm.weight.shape == (4,)
+    assert model.model.layers[0].self_attn.v_norm.weight.shape == (4,)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):

@@ -46,29 +46,28 @@ def test_separate_projections_are_normalized_per_head_or_over_the_whole_width():
     for placement, width in (("hybrid", 8), ("olmo2", None)):
         _, layer = rewired("llama", placement)
         for role in ("q", "k", "v"):
-            projection = getattr(layer.self_attn, f"{role}_proj")
-            y = F.linear(X, projection.weight)
+            y = F.linear(X, getattr(layer.self_attn, f"{role}_proj").weight)
             if placement == "olmo2" and role == "v":
-                close(projection(X), y)
+                assert "v_proj" not in layer.self_attn.sites
                 continue
             size = width or y.shape[-1]
-            gain = getattr(projection, f"{role}_norm").weight
+            gain = getattr(layer.self_attn, f"{role}_norm").weight
             assert gain.shape == (size,)
-            close(projection(X), rms(y.unflatten(-1, (-1, size)), gain).flatten(-2))
+            close(layer.self_attn.normed(f"{role}_proj")(X), rms(y.unflatten(-1, (-1, size)), gain).flatten(-2))
 
 
 @pytest.mark.parametrize("placement", ["hybrid", "olmo2"])
 def test_phi3s_fused_projection_is_normalized_part_by_part(placement):
     _, layer = rewired("phi3", placement)
-    projection = layer.self_attn.qkv_proj
-    q, k, v = F.linear(X, projection.weight).split((32, 16, 16), -1)
+    attention = layer.self_attn
+    q, k, v = F.linear(X, attention.qkv_proj.weight).split((32, 16, 16), -1)
     per_head = placement == "hybrid"
     parts = [
         rms(y.unflatten(-1, (-1, 8 if per_head else y.shape[-1])), norm.weight, 1e-5).flatten(-2)
-        for y, norm in ((q, projection.q_norm), (k, projection.k_norm))
+        for y, norm in ((q, attention.q_norm), (k, attention.k_norm))
     ]
-    parts.append(rms(v.unflatten(-1, (-1, 8)), projection.v_norm.weight, 1e-5).flatten(-2) if per_head else v)
-    close(projection(X), torch.cat(parts, -1))
+    parts.append(rms(v.unflatten(-1, (-1, 8)), attention.v_norm.weight, 1e-5).flatten(-2) if per_head else v)
+    close(attention.normed("qkv_proj")(X), torch.cat(parts, -1))
 
 
 @pytest.mark.parametrize("placement", ["hybrid", "olmo2"])
@@ -76,21 +75,23 @@ def test_phi3s_fused_projection_is_normalized_part_by_part(placement):
 def test_fused_projections_of_either_order_are_normalized_part_by_part(family, placement):
     _, layer = rewired(family, placement)
     if family == "gpt2":  # q, k, v, each head after head; stored (in, out)
-        projection = layer.attn.c_attn
+        attention, name = layer.attn, "c_attn"
+        projection = attention.c_attn
         y = X @ projection.weight + projection.bias
         parts = [part.unflatten(-1, (4, 8)) for part in y.chunk(3, -1)]
     else:  # head after head, each q, k, v
-        projection = layer.attention.query_key_value
+        attention, name = layer.attention, "query_key_value"
+        projection = attention.query_key_value
         y = F.linear(X, projection.weight, projection.bias)
         parts = list(y.unflatten(-1, (4, 24)).chunk(3, -1))
     for i, role in enumerate(("q", "k", "v") if placement == "hybrid" else ("q", "k")):
-        norm = getattr(projection, f"{role}_norm")
+        norm = getattr(attention, f"{role}_norm")
         if placement == "hybrid":
             parts[i] = layer_norm(parts[i], norm)
         else:
             parts[i] = layer_norm(parts[i].flatten(-2), norm).unflatten(-1, (4, 8))
     expected = torch.cat([p.flatten(-2) for p in parts], -1) if family == "gpt2" else torch.cat(parts, -1).flatten(-2)
-    close(projection(X), expected)
+    close(attention.normed(name)(X), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "glm4"])
@@ -99,21 +100,23 @@ def test_subln_normalizes_what_the_last_projections_read(family):
     paths = {
         "gpt2": ("attn.c_proj", "mlp.c_proj"), "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h")
     }.get(family, ("self_attn.o_proj", "mlp.down_proj"))  # fmt: skip
-    for path in paths:
-        projection = layer.get_submodule(path)
+    for path, role in zip(paths, ("attn_out", "ffn_down"), strict=True):
+        owner, _, name = path.rpartition(".")
+        sublayer, projection = layer.get_submodule(owner), layer.get_submodule(path)
         width = projection.weight.shape[0 if family == "gpt2" else 1]
         z = torch.randn(2, 9, width, dtype=torch.float64)
-        norm = projection.input_norm
+        norm = getattr(sublayer, f"{role}_norm")
         n = layer_norm(z, norm) if family.startswith("gpt") else rms(z, norm.weight, EPS[family])
         w = projection.weight if family == "gpt2" else projection.weight.T
-        close(projection(z), n @ w + (0.0 if projection.bias is None else projection.bias))
+        close(sublayer.normed(name)(z), n @ w + (0.0 if projection.bias is None else projection.bias))
 
 
 def test_normformers_scale_is_one_gain_per_head_before_attention_out():
     _, layer = rewired("llama", "normformer")
-    out = layer.self_attn.o_proj
-    assert out.head_scale.shape == (4,) and out.input_norm is None
-    close(out(X), F.linear(X * out.head_scale.repeat_interleave(8), out.weight))
+    attention = layer.self_attn
+    gain = attention.head_scale_norm.weight
+    assert gain.shape == (4,) and attention.sites["o_proj"].reads == ("head_scale",)
+    close(attention.normed("o_proj")(X), F.linear(X * gain.repeat_interleave(8), attention.o_proj.weight))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])

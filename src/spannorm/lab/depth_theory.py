@@ -118,7 +118,7 @@ def body_of(recipe: Recipe) -> theory.Body:
     config = model_config(recipe)
     names = {f.name: _CALLED.get(f.name, f.name) for f in fields(theory.Body)}
     known = {name: getattr(config, called) for name, called in names.items() if hasattr(config, called)}
-    return theory.Body(**{**known, "moe_intermediate_size": config.moe_intermediate_size or 0}, sequence_length=length)
+    return theory.Body(**known, sequence_length=length)
 
 
 def predictions(p: theory.Prediction) -> dict[str, float]:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
+from spannorm.auto_code import AUTO_CODE, write_auto_code
 from spannorm.errors import InputError, unknown
 from spannorm.placements import Stack
 from spannorm.scaling import BASE_INITS
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+_AUTO = {
+    "AutoConfig": "SpanNormConfig",
+    "AutoModel": "SpanNormModel",
+    "AutoModelForCausalLM": "SpanNormForCausalLM",
+    "AutoModelForSequenceClassification": "SpanNormForSequenceClassification",
+    "AutoModelForTokenClassification": "SpanNormForTokenClassification",
+}
+_SHARED_GAIN = Qwen3MoeConfig.base_model_tp_plan["layers.*.self_attn.q_norm"]
+
+
+def _of_mixtures(value: Any) -> Any:
+    """A key that only mixtures of experts have; no default on the class, so that a dense configuration lacks it."""
+    return field(default_factory=lambda: value, metadata={"mixtures": True})
 
 
 @strict
@@ -32,7 +49,8 @@ class SpanNormConfig(LlamaConfig):
         init_seed: seeds every parameter's draw together with its name; `torch.manual_seed` has no say.
         embedding_multiplier: what the embedding is multiplied with on input. None becomes √d for tied embeddings
             under `fan_in` and `xavier` (whose std is then d^-1/2), and 1 otherwise.
-        num_experts: experts of each sparse layer; 0 makes every layer dense, whatever the keys below say.
+        num_experts: experts of each sparse layer; 0 makes every layer dense, and the configuration loses the keys
+            below: by them other libraries tell a mixture.
         num_experts_per_tok: k, the experts that a token goes to.
         moe_intermediate_size: channels inside an expert; k of them stand for a dense `intermediate_size` of k times it.
         norm_topk_prob: divide the k chosen probabilities by their sum.
@@ -42,6 +60,8 @@ class SpanNormConfig(LlamaConfig):
         router_aux_scope: what load is balanced over: each `sequence`, or each forward pass's whole `batch`, which makes
             the gradient depend on how a batch is split.
         router_z_loss_coef: weight of the router z-loss, which every sparse layer adds in training.
+        output_router_logits: return the routers' logits, and with labels the auxiliary losses, unless a call says
+            otherwise. TRL looks for this key, and for `router_aux_loss_coef`, to add the load-balancing loss itself.
 
     Raises:
         InputError: sizes that do not divide, an unknown placement, rule, norm or base init, experts that cannot be.
@@ -58,14 +78,15 @@ class SpanNormConfig(LlamaConfig):
     init_seed: int = 0
     embedding_multiplier: float | None = None
     num_experts: int = 0
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-    shared_expert_intermediate_size: int | None = None
-    decoder_sparse_step: int = 1
-    router_aux_loss_coef: float = 0.01
-    router_aux_scope: str = "sequence"
-    router_z_loss_coef: float = 0.0
+    num_experts_per_tok: int = _of_mixtures(2)
+    moe_intermediate_size: int = _of_mixtures(0)
+    norm_topk_prob: bool = _of_mixtures(True)
+    shared_expert_intermediate_size: int | None = _of_mixtures(None)
+    decoder_sparse_step: int = _of_mixtures(1)
+    router_aux_loss_coef: float = _of_mixtures(0.01)
+    router_aux_scope: str = _of_mixtures("sequence")
+    router_z_loss_coef: float = _of_mixtures(0.0)
+    output_router_logits: bool = _of_mixtures(False)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -80,6 +101,25 @@ class SpanNormConfig(LlamaConfig):
             scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier")
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
         super().__post_init__(**kwargs)
+        if not self.num_experts:
+            for key in MIXTURE_KEYS:
+                delattr(self, key)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Transformers' own, and the file that its Auto classes open the folder with."""
+        self.auto_map = {auto: f"{AUTO_CODE}.{cls}" for auto, cls in _AUTO.items()}
+        super().save_pretrained(save_directory, **kwargs)
+        write_auto_code(Path(save_directory))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Transformers' own, which takes no key that the configuration lacks: a dense one lacks those of mixtures."""
+        given = {key: kwargs.pop(key) for key in ("num_experts", *MIXTURE_KEYS) if key in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        keys = self.__dataclass_fields__
+        return type(self) is type(other) and all(getattr(self, k, None) == getattr(other, k, None) for k in keys)
 
     def _check_sizes(self) -> None:
         for name in (*_SIZES, "num_key_value_heads", "head_dim"):
@@ -144,7 +184,37 @@ class SpanNormConfig(LlamaConfig):
         return self.num_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the body. What a norm over the whole width reads is gathered first."""
+        inner, mlp = dict(self.stack.inner_norms), "layers.*.mlp"
+        if self.qk_norm:
+            inner = {"q": "head", "k": "head", **inner}
+        wide = any(over == "width" or role == "head_scale" for role, over in inner.items() if role != "ffn_down")
+        columns, rows = ("colwise_gather_output", "rowwise_split_input") if wide else ("colwise", "rowwise")
+        plan = {f"layers.*.self_attn.{p}_proj": columns for p in "qkv"} | {"layers.*.self_attn.o_proj": rows}
+        if not wide:  # each process has its own heads, and a gain that all heads share
+            plan |= {f"layers.*.self_attn.{role}_norm": _SHARED_GAIN for role in inner if role in "qkv"}
+        gathered = "ffn_down" in inner
+        columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
+        for ffn in [mlp, f"{mlp}.shared_expert"] if self.num_experts else [mlp]:
+            plan |= {f"{ffn}.gate_proj": columns, f"{ffn}.up_proj": columns, f"{ffn}.down_proj": rows}
+        if self.num_experts and not gathered:
+            plan |= {key: how for key, how in Qwen3MoeConfig.base_model_tp_plan.items() if ".experts" in key}
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """How expert parallelism gives each process its experts; experts with norms inside have no plan."""
+        return (
+            Qwen3MoeConfig.base_model_ep_plan if self.num_experts and "ffn_down" not in self.stack.inner_norms else None
+        )
+
+    @property
     def stack(self) -> Stack:
         """The blocks' placements, as this configuration has them."""
         options = self.placement_options or {}
         return Stack(self.placement, self.num_hidden_layers, self.depth_rule, options, self.norm, self.rms_norm_eps)
+
+
+MIXTURE_KEYS = tuple(key for key, f in SpanNormConfig.__dataclass_fields__.items() if f.metadata.get("mixtures"))
+"""What a dense configuration lacks."""

@@ -11,7 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -20,16 +24,31 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from spannorm.errors import InputError
-from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_
+from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_, standard_normal
 from spannorm.models.configuration import SpanNormConfig
 from spannorm.models.experts import TopKRouter
 from spannorm.models.sublayers import build_attention, build_ffn
-from spannorm.norms import build_norm
 from spannorm.routing import auxiliary_losses
-from spannorm.shapes import Stream
+from spannorm.shapes import State, Stream
 
 # Transformers said `past_key_values` up to 5.23 and says `cache` since: the name its layers and outputs know it by.
 CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Since 0.1 inner norms stand beside their projections, and what belongs to the first block is in it.
+RENAMED = {
+    **{f"{role}_proj.output_norm": f"{role}_norm" for role in "qkv"},
+    "o_proj.input_norm": "attn_out_norm",
+    "o_proj.head_scale": "head_scale_norm.weight",
+    "down_proj.input_norm": "ffn_down_norm",
+    "placement.attn_scale": "placement.gains_norm.attn_scale",
+    "placement.ffn_scale": "placement.gains_norm.ffn_scale",
+    "model.embedding_norm": "model.layers.0.embedding_norm",
+    "^embedding_norm": "layers.0.embedding_norm",
+}
+
+
+class HiddenState(nn.Identity):
+    """What passes it is recorded as a hidden state: (batch, seq, hidden), however many streams the blocks carry."""
 
 
 class SpanNormDecoderLayer(GradientCheckpointingLayer):
@@ -37,18 +56,40 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
         super().__init__()
-        self.placement = config.stack.block(layer_idx, config.hidden_size)
+        stack = config.stack
+        # a child of the first block and not of the model, so that a pipeline puts it where that block is
+        self.embedding_norm = stack.new_norm(config.hidden_size) if stack.embedding_norm and layer_idx == 0 else None
+        self.placement = stack.block(layer_idx, config.hidden_size)
+        self.hidden_state = HiddenState()
         self.self_attn = build_attention(config, layer_idx, self.placement.inner_norms)
         self.mlp = build_ffn(config, layer_idx, self.placement.inner_norms)
 
-    def forward(self, hidden_states: Stream, **kwargs: Any) -> Stream:
+    def forward(self, hidden_states: State, *, record: bool = False, **kwargs: Any) -> State:
+        """The state that the blocks carry → the next one; with `record` it shows what it reads as a hidden state."""
+
         def attn(x: Stream) -> Stream:
             return self.self_attn(hidden_states=x, **kwargs)[0]
 
         def ffn(x: Stream) -> Stream:  # a function: Accelerate's hooks would move a module that is an argument
             return self.mlp(x)
 
+        if self.embedding_norm is not None:
+            hidden_states = self.embedding_norm(hidden_states)
+        if record:
+            placement = self.placement
+            self.hidden_state(placement.read(placement.enter(hidden_states) if placement.is_first else hidden_states))
         return self.placement(hidden_states, attn, ffn)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token ids (batch, seq) → `embed_scale` · embedding (batch, seq, hidden)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.embed_scale = embed_scale  # the name that PEFT and vLLM know from Gemma 3
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
 
 
 class SpanNormPreTrainedModel(PreTrainedModel):
@@ -65,7 +106,8 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_set_experts_implementation_cached_value = True  # else Transformers looks for a decorator in this file
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": SpanNormDecoderLayer,
+        "hidden_states": OutputRecorder(HiddenState, capture_initial_hidden_state=False),
+        "streams": OutputRecorder(SpanNormDecoderLayer),
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(TopKRouter, index=0),
     }
@@ -76,7 +118,10 @@ class SpanNormPreTrainedModel(PreTrainedModel):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise InputError("use_safetensors=False asks for a pickle: convert the weights to safetensors instead.")
         wanted = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = {**RENAMED, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # save_pretrained would give old names back
+        model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in RENAMED]
         other = {name.partition(".mlp.")[0] for name in info["unexpected_keys"] if ".mlp." in name}
         for name in info["missing_keys"]:
             if name.partition(".mlp.")[0] in other:
@@ -89,9 +134,9 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
     def idle_parameters(self) -> int:
         """Parameters of the experts that a token does not go to; the rest are active."""
-        experts, k = self.config.num_experts, self.config.num_experts_per_tok
+        experts = self.config.num_experts
         held = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        return held // experts * (experts - k) if experts else 0
+        return held // experts * (experts - self.config.num_experts_per_tok) if experts else 0
 
     def init_plan(self) -> dict[str, Draw]:
         """How every parameter is to be drawn, by this model's configuration."""
@@ -118,6 +163,11 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     def _draw(self, plan: dict[str, Draw]) -> None:
         init_weights_(self, plan, seed=self.config.init_seed, prefix=f"{self.base_model_prefix}.")
 
+    @property
+    def keeps_unknown_parameters(self) -> bool:
+        """Whether parameters without a role keep what their own modules draw: in a class of somebody's own."""
+        return not type(self).__module__.startswith("spannorm.")
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         # Transformers initializes module by module, but a draw needs the parameter's name, which only the root knows.
@@ -129,10 +179,41 @@ class SpanNormPreTrainedModel(PreTrainedModel):
             parameter._is_hf_initialized = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # What is left to Transformers: RoPE's buffers, and the table that resize_token_embeddings is about to fill.
-        new_table = isinstance(module, nn.Embedding) and module is not self.get_input_embeddings()
-        if new_table or isinstance(module, LlamaRotaryEmbedding):
+        # What is left to modules one by one: RoPE's buffers, what a subclass adds, and a table that takes the place of
+        # another when the vocabulary grows.
+        if isinstance(module, LlamaRotaryEmbedding):
             super()._init_weights(module)
+        elif isinstance(module, (nn.Embedding, nn.Linear)) and not any(module is m for m in self.modules()):
+            self._draw_table(module)
+        elif self.keeps_unknown_parameters and not any(module is m for m in self.base_model.modules()):
+            getattr(module, "reset_parameters", lambda: None)()
+
+    def _draw_table(self, table: nn.Embedding | nn.Linear) -> None:
+        old = self.get_input_embeddings() if isinstance(table, nn.Embedding) else self.get_output_embeddings()
+        name, draw = next((n, self.init_plan()[n]) for n, p in self.named_parameters() if p is old.weight)
+        key = name.removeprefix(f"{self.base_model_prefix}.")
+        normal = standard_normal(table.weight.shape, self.config.init_seed, key, draw.cut)
+        table.weight.copy_(normal * draw.sigma)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Transformers' own; with `mean_resizing=False` new rows are drawn like the old ones."""
+        table: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        for module in (self.get_input_embeddings(), self.get_output_embeddings()):
+            for parameter in () if module is None else module.parameters():
+                parameter._is_hf_initialized = True  # a later post_init would draw a new head again
+        return table
+
+
+@dataclass
+class SpanNormModelOutput(MoeModelOutputWithPast):
+    """What the decoder returns. On request also:
+
+    `hidden_states` (`output_hidden_states`): what each block's attention reads before its norm, and what the head reads
+    after the final norm; L + 1 of (batch, seq, hidden), whatever the placement.
+    `streams` (`output_streams`): the state after each block; of several streams (batch, seq, n, hidden).
+    """
+
+    streams: tuple[Tensor, ...] | None = None
 
 
 class SpanNormModel(SpanNormPreTrainedModel):
@@ -140,16 +221,14 @@ class SpanNormModel(SpanNormPreTrainedModel):
 
     def __init__(self, config: SpanNormConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        table, scale = (config.vocab_size, config.hidden_size, config.pad_token_id), config.embedding_multiplier
+        self.embed_tokens = nn.Embedding(*table) if scale in (None, 1.0) else ScaledEmbedding(*table, scale)
         self.layers = nn.ModuleList(SpanNormDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.embedding_norm = self._new_norm() if config.stack.embedding_norm else nn.Identity()
-        self.norm = self._new_norm() if config.stack.final_norm else nn.Identity()
+        self.norm = config.stack.new_norm(config.hidden_size) if config.stack.final_norm else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.hidden_state = HiddenState()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _new_norm(self) -> nn.Module:
-        return build_norm(self.config.norm, self.config.hidden_size, self.config.rms_norm_eps)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -163,18 +242,16 @@ class SpanNormModel(SpanNormPreTrainedModel):
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> SpanNormModelOutput:
         """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden).
 
+        Embeddings are what `get_input_embeddings()` gives, its `embed_scale` included.
         `past_key_values` is the older name of `cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        multiplier = self.config.embedding_multiplier
-        if multiplier is not None and multiplier != 1.0:
-            inputs_embeds = inputs_embeds * multiplier
         if cache is None:
             cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
         if position_ids is None:
@@ -188,11 +265,13 @@ class SpanNormModel(SpanNormPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
-        hidden_states = self.embedding_norm(inputs_embeds)
+        hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        record = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                record=record,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -200,15 +279,17 @@ class SpanNormModel(SpanNormPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return SpanNormModelOutput(last_hidden_state=self.hidden_state(self.norm(hidden_states)), **{CACHE: cache})
 
 
 @dataclass
 class SpanNormOutput(MoeCausalLMOutputWithPast):
     """What the causal LM returns; of a mixture of experts, with labels, also the sums over its sparse layers of the
-    load-balancing loss `aux_loss` and the router z-loss `z_loss`, each before its coefficient."""
+    load-balancing loss `aux_loss` and the router z-loss `z_loss`, each before its coefficient. `hidden_states` and
+    `streams` are the decoder's."""
 
     z_loss: Tensor | None = None
+    streams: tuple[Tensor, ...] | None = None
 
 
 class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
@@ -284,6 +365,7 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             z_loss=z_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            streams=outputs.streams,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
@@ -328,3 +410,11 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         counted = torch.ones_like(labels) if attention_mask is None else attention_mask
         config = self.config
         return auxiliary_losses(router_logits, config.num_experts_per_tok, counted, weights, config.router_aux_scope)
+
+
+class SpanNormForSequenceClassification(GenericForSequenceClassification, SpanNormPreTrainedModel):
+    """The decoder and a head on the last token of a sequence: (batch, labels)."""
+
+
+class SpanNormForTokenClassification(GenericForTokenClassification, SpanNormPreTrainedModel):
+    """The decoder and a head on every token: (batch, seq, labels)."""

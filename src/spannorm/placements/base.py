@@ -45,6 +45,15 @@ class Projection(NamedTuple):
     scale: float = 1.0
 
 
+class Gains(nn.Module):
+    """The learned parameters of a placement besides its norms, by name."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value.clone()))
+
+
 class Placement(nn.Module, ABC):
     """The norms, skips, branch factors and learned parameters of one block.
 
@@ -96,8 +105,11 @@ class Placement(nn.Module, ABC):
         self.norm_name, self.eps = norm, eps
         self.attn_scale: Scale = self.rule.forward.get("attn", 1.0)
         self.ffn_scale: Scale = self.rule.forward.get("ffn", 1.0)
-        for name, value in self.own_gains().items():
-            setattr(self, name, nn.Parameter(value.clone()))
+        if gains := self.own_gains():
+            for name in gains.keys() & self.__dict__.keys():  # the number that a learned gain stands in for
+                delattr(self, name)
+            # Transformers' Trainer decides weight decay by name: it leaves alone what stands under `…_norm`
+            self.gains_norm = Gains(gains)
         for name, p in self.projections().items():
             setattr(self, name, nn.Parameter(torch.randn(p.fan_out, p.fan_in) * p.scale * p.fan_in**-0.5))
         self.add = Add()
@@ -129,7 +141,8 @@ class Placement(nn.Module, ABC):
     def gains(self) -> dict[str, Tensor]:
         """The method's own learned parameters by name, each with its initial value: numbers, vectors, small matrices.
 
-        Weight decay leaves them alone. A number becomes a parameter of one element, which FSDP2 can shard.
+        `block` reads them as attributes. Weight decay leaves them alone. A number becomes a parameter of one element,
+        which FSDP2 can shard.
         """
         return {}
 
@@ -139,6 +152,10 @@ class Placement(nn.Module, ABC):
         learned = ("attn_scale", "ffn_scale") if self.rule.learned else ()
         gains = {**{name: torch.full((size,), self.rule.gain) for name in learned}, **self.gains()}
         return {name: torch.atleast_1d(value) for name, value in gains.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        gains = self.__dict__.get("_modules", {}).get("gains_norm")
+        return gains._parameters[name] if gains is not None and name in gains._parameters else super().__getattr__(name)
 
     def projections(self) -> dict[str, Projection]:
         """The matrices that the method owns, by name; they have the role `projection`."""
@@ -187,9 +204,9 @@ class Placement(nn.Module, ABC):
         return x
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self.own_gains():  # up to 0.1 a number was a parameter of no dimension
-            if (value := state_dict.get(prefix + name)) is not None and value.ndim == 0:
-                state_dict[prefix + name] = value.reshape(1)
+        for name in self.own_gains():  # up to 0.1 a gain stood on the placement itself, a number without a dimension
+            if (value := state_dict.pop(prefix + name, None)) is not None:
+                state_dict[f"{prefix}gains_norm.{name}"] = torch.atleast_1d(value)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from inspect import isclass
 from typing import Any, Literal
 
 from spannorm.errors import InputError, unknown
-from spannorm.norms import NORMS
+from spannorm.norms import NORMS, Norm, build_norm
 from spannorm.placements.base import Placement, check_output_norms
 from spannorm.placements.hybrid import HybridNorm, HybridNormStar
 from spannorm.placements.output import NormFormer, OLMo2Norm, PeriLN
@@ -143,6 +143,10 @@ class Stack:
             hidden_size=hidden_size, layer_idx=layer_idx, num_layers=self.num_layers, depth_rule=self.depth_rule,
             norm=self.norm, eps=self.eps, **options,
         )  # fmt: skip
+
+    def new_norm(self, channels: int) -> Norm:
+        """A norm of the stack's kind: for its two ends, and inside sublayers."""
+        return build_norm(self.norm, channels, self.eps)
 
     def blocks(self, hidden_size: int) -> list[Placement]:
         """Build every block's placement."""

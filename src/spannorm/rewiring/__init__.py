@@ -1,9 +1,9 @@
 """Put a placement into a Transformers model you already have: `rewire`, and `load` for what it saved."""
 
 from spannorm.rewiring.families import FAMILIES, Family
-from spannorm.rewiring.loading import load
+from spannorm.rewiring.loading import RewiredAuto, load
 from spannorm.rewiring.rewire import Rewiring, rewire
 from spannorm.rewiring.weights import redraw_
 from spannorm.roles import Fused
 
-__all__ = ["FAMILIES", "Family", "Fused", "Rewiring", "load", "redraw_", "rewire"]
+__all__ = ["FAMILIES", "Family", "Fused", "RewiredAuto", "Rewiring", "load", "redraw_", "rewire"]

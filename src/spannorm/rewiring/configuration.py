@@ -1,4 +1,4 @@
-"""The configuration of a rewired model. Its `config.json` cannot be read as the family's own."""
+"""The configuration of a rewired model. Its folder opens as the family's configuration, not as the family's model."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spannorm.auto_code import AUTO_CODE, write_auto_code
+
 MODEL_TYPE = "spannorm_rewired"
+REFUSAL = "this model was rewired, load it with spannorm.load: not a file.safetensors"
+"""Transformers looks for the weights under this name. It finds none, and its error quotes it."""
 
 
 class RewiredConfig:
     """The family's configuration, which also says how the model was rewired (`rewiring`).
 
-    In memory it is the family's in all respects. On disk the family's keys stand one level down, under a model type
-    that Transformers does not know and beside a vocabulary size that no configuration class takes: so the Auto classes
-    and the family's own classes both refuse it, and none builds the family's model from a rewired model's weights.
+    In memory it is the family's in all respects. On disk it has a model type of its own, which the Auto classes know
+    from the file beside it, and names weights that are not there: PEFT and others read the configuration as the
+    family's, and nobody builds the family's model from a rewired model's weights.
     """
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        write_auto_code(Path(save_directory))
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         super().to_json_file(json_file_path, use_diff)  # type: ignore[misc]
         path = Path(json_file_path)
-        config = json.loads(path.read_text(encoding="utf-8"))
-        saved = {
-            "model_type": MODEL_TYPE,
-            "vocab_size": "none: this model was rewired, load it with spannorm.load",
-            "architectures": config.pop("architectures", None),
-            "transformers_version": config.get("transformers_version"),
-            "rewiring": config.pop("rewiring"),
-            "family": config.pop("model_type"),
-            "config": config,
-        }
-        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved["family"] = saved.pop("model_type")
+        auto = {"AutoConfig": "RewiredAuto", "AutoModelForCausalLM": "RewiredAuto"}
+        auto_map = {name: f"{AUTO_CODE}.{cls}" for name, cls in auto.items()}
+        saved |= {"model_type": MODEL_TYPE, "transformers_weights": REFUSAL, "auto_map": auto_map}
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")

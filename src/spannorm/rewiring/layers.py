@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
 from spannorm.rewiring.families import Family
-from spannorm.roles import Fused
 from spannorm.shapes import Stream
 
 
@@ -55,34 +53,6 @@ class RewiredLayer:
         if name in self.family.dropouts:
             f = getattr(self, self.family.dropouts[name])(f)
         return f if self.family.multiplier is None else f * getattr(self, self.family.multiplier)
-
-
-class NormedProjection:
-    """A projection with norms on what it reads or writes, or a gain per head on what it reads."""
-
-    layout: Fused
-    """Whose rows it writes."""
-    norm_sizes: dict[str, int]
-    """Which of q, k and v it normalizes, and over how many channels at a time."""
-    input_norm: nn.Module | None
-    head_scale: nn.Parameter | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.head_scale is not None:
-            x = (x.unflatten(-1, (len(self.head_scale), -1)) * self.head_scale[:, None]).flatten(-2)
-        if self.input_norm is not None:
-            x = self.input_norm(x)
-        y: Tensor = super().forward(x)  # type: ignore[misc]
-        if not self.norm_sizes:
-            return y
-        parts = self.layout.split(y, -1)
-        return torch.cat([self._normed(role, part) for role, part in parts.items()], -1).flatten(-2)
-
-    def _normed(self, role: str, part: Tensor) -> Tensor:
-        if role not in self.norm_sizes:
-            return part
-        grouped = part.flatten(-2).unflatten(-1, (-1, self.norm_sizes[role]))
-        return getattr(self, f"{role}_norm")(grouped).reshape(part.shape)
 
 
 class NormedExperts:

@@ -8,10 +8,13 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from spannorm.adopt import adopt, adopted_class
 from spannorm.errors import InputError
-from spannorm.rewiring.adopt import adopted_class
-from spannorm.rewiring.configuration import MODEL_TYPE
+from spannorm.inner_norms import READ_BY
+from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
+from spannorm.rewiring.families import Family, family_of
 from spannorm.rewiring.rewire import rewire
+from spannorm.roles import Fused
 
 
 class BornRewired:
@@ -43,13 +46,63 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise InputError(f"{path} holds a {name!r}, which this version of Transformers does not have.")
-    config = AutoConfig.for_model(saved["family"], **saved["config"])
-    config.rewiring = saved["rewiring"]
+    config = _config_of(saved)
+    kwargs["key_mapping"] = renamed = {**_renamed(family_of(saved["family"])), **(kwargs.get("key_mapping") or {})}
     model, info = adopted_class(cls, BornRewired).from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
     )
+    # save_pretrained would give old names back
+    model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in renamed]
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise InputError(f"the weights in {path} do not fit the model its config.json describes: {', '.join(wrong)}.")
     model.__class__ = cls
     return model
+
+
+def _config_of(saved: dict[str, Any]) -> Any:
+    """The family's configuration, with `rewiring`, from what `config.json` says."""
+    keys = saved.get("config", saved)  # up to 0.1 the family's keys stood one level down
+    ours = ("model_type", "family", "rewiring", "transformers_weights", "auto_map")
+    config = AutoConfig.for_model(saved["family"], **{k: v for k, v in keys.items() if k not in ours})
+    config.rewiring = saved["rewiring"]
+    adopt(config, RewiredConfig)
+    return config
+
+
+class RewiredAuto:
+    """How the Auto classes open a rewired model's folder (`trust_remote_code=True`): as `load` does."""
+
+    config_class = None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: the folder says it."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """The configuration where none is given, and otherwise the model."""
+        for key in ("trust_remote_code", "adapter_kwargs", "name_or_path"):
+            kwargs.pop(key, None)
+        if config is not None:
+            return load(path, **kwargs)
+        both = kwargs.pop("return_unused_kwargs", False)
+        saved, unused = PreTrainedConfig.get_config_dict(path, **kwargs)
+        found = _config_of(saved)
+        # by these Transformers comes back here for the model, and refuses the family's class
+        found.auto_map, found.transformers_weights = saved["auto_map"], saved["transformers_weights"]
+        return (found, unused) if both else found
+
+
+def _renamed(family: Family) -> dict[str, str]:
+    """Where inner norms stood in 0.1, inside their projections, and where they stand: beside them."""
+    names = {}
+    for path, kind in family.matrices.items():
+        owner = path.rpartition(".")[0]
+        for role in kind.roles if isinstance(kind, Fused) else (kind,):
+            if role in READ_BY:
+                names[f"{path}.input_norm"] = f"{owner}.{role}_norm"
+            names[f"{path}.{role}_norm"] = f"{owner}.{role}_norm"
+            if role == "attn_out":
+                names[f"{path}.head_scale"] = f"{owner}.head_scale_norm.weight"
+    return names

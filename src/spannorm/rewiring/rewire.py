@@ -11,13 +11,13 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from spannorm.adopt import adopt
 from spannorm.errors import InputError, unknown
 from spannorm.placements import Placement, Stack
-from spannorm.rewiring.adopt import adopt
 from spannorm.rewiring.configuration import RewiredConfig
 from spannorm.rewiring.families import Family, family_of
 from spannorm.rewiring.layers import RewiredLayer
-from spannorm.rewiring.surgery import add_inner_norm, find, fresh_norm, has_own, move_norms, rewire_layer, sites
+from spannorm.rewiring.surgery import find, fresh_norm, has_own, move_norms, place_inner_norm, rewire_layer, sites
 from spannorm.rewiring.weights import parameter_roles, redraw_, rescale_, set_unit_gain, tied
 
 Init = Literal["rescale", "redraw", False]
@@ -111,7 +111,7 @@ def rewire(
     for layer, block in zip(layers, blocks, strict=True):
         for role, over in block.inner_norms.items():
             if not has_own(layer, row, role):
-                add_inner_norm(layer, row, model.config, template, role, over)
+                place_inner_norm(layer, row, model.config, template, role, over)
                 added.add(f"{role} (inner)")
         moved = move_norms(layer, row, block, template)
         kept |= {role: row.norms[role] for role in block.norms() if role in moved}
@@ -127,7 +127,8 @@ def rewire(
     notes = _notes(model, row, layers[-1], stack, own_inner, init, loaded, changed)
 
     model.config.rewiring = {"placement": placement, "depth_rule": stack.depth_rule, "options": options}
-    adopt(model.config, RewiredConfig)
+    if not isinstance(model.config, RewiredConfig):
+        adopt(model.config, RewiredConfig)
     model.parameter_roles = parameter_roles(model, row)
     set_unit_gain(model, row.unit_gain)
     weights = rescale_(model) if init == "rescale" else redraw_(model, seed) if init == "redraw" else []

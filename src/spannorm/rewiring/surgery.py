@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from spannorm.adopt import adopt
+from spannorm.inner_norms import READ_BY, add_inner_norm
 from spannorm.placements import Placement
-from spannorm.rewiring.adopt import adopt
 from spannorm.rewiring.families import Family
-from spannorm.rewiring.layers import FamilyNorm, NormedExperts, NormedProjection, RewiredLayer
+from spannorm.rewiring.layers import FamilyNorm, NormedExperts, RewiredLayer
 from spannorm.roles import Fused
-
-READ_BY = {"attn_out": "attn_out", "ffn_down": "ffn_down", "head_scale": "attn_out"}
-"""Inner norm → the projection that reads what it normalizes; the others (q, k, v) normalize what theirs writes."""
 
 
 def find(owner: nn.Module, path: str) -> Any:
@@ -75,27 +73,17 @@ def fresh_norm(template: nn.Module, row: Family, size: int | None = None) -> nn.
     return norm
 
 
-def add_inner_norm(layer: nn.Module, row: Family, config: Any, template: nn.Module, role: str, over: str) -> None:
+def place_inner_norm(layer: nn.Module, row: Family, config: Any, template: nn.Module, role: str, over: str) -> None:
     """Put one of a placement's inner norms into the sublayer, over each head (`over="head"`) or the whole width."""
     for path, layout, found in list(sites(layer, row, role)):
+        owner, _, name = path.rpartition(".")
+        sublayer: Any = layer.get_submodule(owner)
         layout = layout.of(config)
         if isinstance(found, nn.Parameter):
-            experts: Any = layer.get_submodule(path.rpartition(".")[0])
-            experts.input_norm = fresh_norm(template, row, layout.matrix(found).shape[-1])
-            adopt(experts, NormedExperts)
+            sublayer.input_norm = fresh_norm(template, row, layout.matrix(found).shape[-1])
+            adopt(sublayer, NormedExperts)
             continue
-        if not isinstance(found, NormedProjection):
-            found.layout, found.norm_sizes = layout, {}
-            found.input_norm = found.head_scale = None
-            adopt(found, NormedProjection)
-        weight = layout.matrix(found.weight)
-        if role == "head_scale":
-            found.head_scale = nn.Parameter(torch.ones_like(weight[0, : config.num_attention_heads]))
-        elif role in READ_BY:
-            found.input_norm = fresh_norm(template, row, weight.shape[1])
-        else:
-            parts: Any = layout.split(weight[:, 0], -1)
-            width = parts[role].numel()
-            heads = (role != "q" and getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
-            found.norm_sizes[role] = width // heads if over == "head" else width
-            setattr(found, f"{role}_norm", fresh_norm(template, row, found.norm_sizes[role]))
+        heads = config.num_attention_heads
+        if role in ("k", "v"):
+            heads = getattr(config, "num_key_value_heads", None) or heads
+        add_inner_norm(sublayer, name, layout, role, over, heads, lambda size: fresh_norm(template, row, size))

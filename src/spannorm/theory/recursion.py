@@ -64,8 +64,7 @@ class Walk:
         with torch.device("cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rules that the authors of a placement discourage
             self.placement: Placement = stack.block(layer_idx, hidden_size=1)
-        for parameter in self.placement.parameters(recurse=False):
-            parameter.data = parameter.data.double()
+        self.placement.double()
         for name in self.placement.norms():
             norm: Any = self.placement.get_submodule(name)
             norm.__class__, norm.name, norm.walk = _Norm, name, self

@@ -256,7 +256,7 @@ def _probe(engine: Engine, batch: torch.Tensor) -> dict[str, Any]:
     model = engine.accelerator.unwrap_model(engine.model)
     training = model.training
     model.eval()
-    inputs, routing = batch.to(engine.args.device), RoutingMeter(model.config.num_experts_per_tok)
+    inputs, routing = batch.to(engine.args.device), RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
 
     def loss_of() -> torch.Tensor:
         outputs = model(inputs, labels=inputs, output_router_logits=model.config.num_experts > 0)

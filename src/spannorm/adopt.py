@@ -23,6 +23,7 @@ def adopted_class(base: type, mixin: type) -> Any:
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        "adopted": base,
         "__reduce__": lambda self: (_blank, (base, mixin), self.__getstate__()),
     }
     return new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(body))
