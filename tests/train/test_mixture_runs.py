@@ -138,7 +138,7 @@ def step_gradients(config, folder: Path, batch_size: int, accumulation: int) -> 
     args = arguments(recipe, folder)
     args.save_strategy = "no"
     keep = Keep()
-    Engine(model, args, train_dataset=data, callbacks=[keep]).train()
+    Engine(model, args, recipe=recipe, train_dataset=data, callbacks=[keep]).train()
     return keep.gradients
 
 

@@ -25,6 +25,7 @@ from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine, arguments
 from spannorm.train.recipe import Recipe
 from spannorm.train.run import model_config, train
+from spannorm.train.schedule import share_of_peak
 
 RESULT_KEYS = {"placement", "depth_rule", "seed", "learning_rate", "status", "reason", "val_loss", "bits_per_byte"}
 RESULT_KEYS |= {"unigram_loss", "spike_score", "max_grad_norm", "tokens_per_second", "parameters", "test_loss"}
@@ -103,20 +104,22 @@ def test_the_final_loss_is_the_mean_cross_entropy_of_the_held_out_windows(finish
     assert result["val_loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
 
 
-def test_the_schedule_and_the_clipped_norm_are_as_the_recipe_says(finished: Path) -> None:
+def test_every_step_has_the_rate_of_the_schedules_equation(recipe: Recipe, finished: Path) -> None:
     rates = [r["learning_rate"] for r in records(finished)]
-    assert rates[0] == 0 and rates[4] == pytest.approx(0.01), "linear from 0 over 4 steps"
-    progress = (35 - 4) / (40 - 4)
-    cosine = 0.01 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-    assert rates[35] == pytest.approx(cosine)
-
-
-def test_wsd_is_constant_then_linear(recipe: Recipe, tokens: TokenData, tmp_path: Path) -> None:
-    wsd = replace(recipe, train=replace(recipe.train, schedule="wsd", decay_fraction=0.25, steps=20, probe_every=99))
-    train(wsd, tmp_path / "run", data=tokens.directory)
-    rates = [r["learning_rate"] for r in records(tmp_path / "run")]
-    assert rates[4:16] == pytest.approx([0.01] * 12)
-    assert rates[15:20] == pytest.approx([0.01 - 0.009 * i / 5 for i in range(5)])
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01]), "step 1 moves too"
+    assert rates[21] == pytest.approx(0.0055), "halfway from step 4 to step 40"
+    assert rates[-1] == pytest.approx(0.001)
+    t = replace(recipe.train, steps=20, warmup_steps=4, decay_fraction=0.25, final_learning_rate=0.1)
+    steps = {
+        name: [share_of_peak(replace(t, schedule=name), k) for k in range(1, 21)] for name in ("cosine", "wsd", "ramp")
+    }
+    assert steps["cosine"][:4] == steps["wsd"][:4] == [0.25, 0.5, 0.75, 1.0]
+    assert steps["wsd"][4:15] == [1.0] * 11
+    assert steps["wsd"][15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
+    assert steps["cosine"][11] == pytest.approx(0.55) and steps["cosine"][-1] == pytest.approx(0.1)
+    assert steps["ramp"] == pytest.approx([k / 20 for k in range(1, 21)])
+    constant = replace(t, schedule="wsd", warmup_steps=0, decay_fraction=0.0)
+    assert [share_of_peak(constant, k) for k in (1, 19)] == [1.0, 1.0]
 
 
 def test_probes_leave_training_untouched(recipe: Recipe, tokens: TokenData, finished: Path, tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_checkpointing_bf16_and_other_kernels_train(
 def test_decay_and_learning_rate_go_by_role(recipe: Recipe, tmp_path: Path) -> None:
     rule = replace(recipe, model={**recipe.model, "depth_rule": "1/L:init+lr", "vocab_size": 257})
     model = SpanNormForCausalLM(model_config(rule))
-    engine, plan = Engine(model, arguments(rule.train, tmp_path)), model.init_plan()
+    engine, plan = Engine(model, arguments(rule.train, tmp_path), recipe=rule.train), model.init_plan()
     names = {id(p): n for n, p in model.named_parameters()}
     seen = {}
     for group in engine.create_optimizer().param_groups:

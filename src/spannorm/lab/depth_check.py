@@ -176,9 +176,7 @@ def _trained(
             settings = arguments(train, Path(folder))
             settings.save_strategy = type(settings.save_strategy)("no")
             watcher = _Watcher(lambda step: found.append((step, measurements(model, batch))), set(steps))
-            engine = Engine(
-                model, settings, optimizer_name=train.optimizer, train_dataset=sequences, callbacks=[watcher]
-            )
+            engine = Engine(model, settings, recipe=train, train_dataset=sequences, callbacks=[watcher])
             engine.remove_callback(PrinterCallback)
             engine.train()
     yield from found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
@@ -14,6 +15,7 @@ from spannorm.errors import InputError
 from spannorm.routing import RoutingMeter
 from spannorm.train.optimizers import build_optimizer
 from spannorm.train.recipe import TrainRecipe
+from spannorm.train.schedule import share_of_peak
 
 _NAMES = {f.name for f in fields(TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
@@ -21,7 +23,8 @@ _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NA
 
 
 class Engine(Trainer):
-    """`Trainer`, except that the data set already is the run's order and that roles decide decay and learning rate.
+    """`Trainer`, except that the data set already is the run's order, that roles decide decay and learning rate, and
+    that the schedule is the recipe's (schedule.py).
 
     Of a mixture of experts it logs the routers' health at every step, and the loss as the cross-entropy alone, so that
     curves, spikes and failures mean what they mean for a dense model.
@@ -31,14 +34,12 @@ class Engine(Trainer):
         self,
         model: Any,
         *args: Any,
-        optimizer_name: str = "adamw",
-        loss_chunk: int = 0,
-        skip_nan: bool = False,
+        recipe: TrainRecipe,
         **kwargs: Any,
     ) -> None:
-        self.optimizer_name, self.loss_chunk = optimizer_name, loss_chunk
+        self.recipe, self.loss_chunk = recipe, recipe.loss_chunk
         super().__init__(model, *args, **kwargs)
-        self._skip_nan = skip_nan
+        self._skip_nan = recipe.on_nan == "skip"
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
 
@@ -74,13 +75,20 @@ class Engine(Trainer):
             args = self.args
             self.optimizer = build_optimizer(
                 self.model if model is None else model,
-                self.optimizer_name,
+                self.recipe.optimizer,
                 learning_rate=args.learning_rate,
                 weight_decay=args.weight_decay,
                 betas=(args.adam_beta1, args.adam_beta2),
                 epsilon=args.adam_epsilon,
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(chosen, lambda done: share_of_peak(self.recipe, done + 1))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
@@ -113,15 +121,6 @@ def passes(t: TrainRecipe, processes: int) -> tuple[int, int]:
 def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArguments:
     """A recipe's training section in Trainer's words."""
     batch_size, accumulation = passes(t, processes)
-    options: dict[str, Any]
-    if t.schedule == "cosine":
-        schedule, options = "cosine_with_min_lr", {"min_lr_rate": t.final_learning_rate}
-    elif t.schedule == "ramp":
-        schedule, options = "constant_with_warmup", {}
-    else:
-        decay = max(1, round(t.decay_fraction * t.steps))
-        schedule = "warmup_stable_decay"
-        options = {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": t.final_learning_rate}
     return TrainingArguments(
         output_dir=str(out),
         max_steps=t.steps,
@@ -130,9 +129,6 @@ def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArgument
         per_device_eval_batch_size=t.batch_size if processes == 1 else 1,
         gradient_accumulation_steps=accumulation,
         learning_rate=t.learning_rate,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=options,
-        warmup_steps=t.steps if t.schedule == "ramp" else t.warmup_steps,
         weight_decay=t.weight_decay,
         adam_beta1=t.adam_beta1,
         adam_beta2=t.adam_beta2,

@@ -157,9 +157,8 @@ def _train(
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = kind(
-        model, arguments(t, out, count()), optimizer_name=t.optimizer, loss_chunk=t.loss_chunk, skip_nan=skip,
-        train_dataset=sequences, callbacks=[recorder, Sealer(), board],
-    )  # fmt: skip
+        model, arguments(t, out, count()), recipe=t, train_dataset=sequences, callbacks=[recorder, Sealer(), board]
+    )
     if t.schedule == "ramp":
         engine.add_callback(RampEnd(out, tokens.unigram_loss("validation")))
     guard = SpikeGuard(out)
