@@ -25,7 +25,8 @@ Role = Literal[
 and what is `own` is left to the init of its own module.
 Init, learning rate and weight decay follow from the role and from nothing else."""
 
-ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "own")
+"""Those that have an init of ours."""
 Branch = Literal["attn", "ffn"]
 
 OUTPUTS: Mapping[Branch, Role] = {"attn": "attn_out", "ffn": "ffn_down"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -346,3 +347,34 @@ def test_classification_heads_read_the_decoder(tiny_config: Any, tmp_path: Path,
         torch.testing.assert_close(model(x).logits, hidden, rtol=1e-4, atol=1e-5)
         model.save_pretrained(tmp_path)
         assert torch.equal(auto.from_pretrained(tmp_path)(x).logits, model(x).logits)
+
+
+def test_a_mask_of_four_dimensions_says_which_tokens_the_routers_are_balanced_over(tiny_config: Any) -> None:
+    model, x = SpanNormForCausalLM(tiny_config(**EXPERTS)).train(), ids()
+    real = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    labels = x.masked_fill(real == 0, -100)
+    plain = model(x, attention_mask=real, labels=labels)
+    may = (torch.ones(9, 9).tril() * real[:, None, :])[:, None].bool()  # padding sees the past, not itself
+    for mask in (may, torch.zeros(may.shape).masked_fill(~may, -torch.inf)):
+        out = model(x, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(out.aux_loss, plain.aux_loss)
+        torch.testing.assert_close(out.loss, plain.loss)
+
+
+@pytest.mark.parametrize("placement", ["span", "hybrid", "siamese"])
+def test_an_exported_model_is_made_of_pytorchs_own_operations(tiny_config: Any, placement: str) -> None:
+    # an exporter such as ONNX's knows these and no others; gradients are on, as they are when nobody says otherwise
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = SpanNormForCausalLM(tiny_config(placement=placement)).eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x, use_cache=False).logits
+
+    model, x = Logits(), ids()
+    exported = torch.export.export(model, (x,), strict=False)
+    called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    called -= {operator.getitem}
+    assert all(isinstance(op, torch._ops.OpOverload) and op.namespace in ("aten", "prim") for op in called), called
+    torch.testing.assert_close(exported.module()(x), model(x))

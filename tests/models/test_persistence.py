@@ -43,7 +43,8 @@ def test_a_saved_model_comes_back_exactly_through_the_auto_class(tiny_config, tm
 
 def test_only_safetensors_is_written(tiny_config, tmp_path):
     trained(tiny_config()).save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    ours = {"config.json", "generation_config.json", "modeling_spannorm.py", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == ours
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architectures"] == ["SpanNormForCausalLM"]
     assert written["depth_rule"] == "1/sqrt(L)"

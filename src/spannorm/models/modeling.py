@@ -408,6 +408,9 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         predictions = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum(1)
         weights = predictions / (predictions.sum() if num_items_in_batch is None else num_items_in_batch)
         counted = torch.ones_like(labels) if attention_mask is None else attention_mask
+        if counted.ndim == 4:  # (batch, heads or 1, seq, seq), boolean or added: a token counts that may see itself
+            own = counted[:, 0].diagonal(dim1=-2, dim2=-1)
+            counted = own if own.dtype == torch.bool else own == 0
         config = self.config
         return auxiliary_losses(router_logits, config.num_experts_per_tok, counted, weights, config.router_aux_scope)
 
