@@ -1,6 +1,7 @@
 # make demo   set everything up and run the comparison; ends in a table and a report
 # make test   set everything up and pass the tests
 # make check  lint, types, tests: what CI runs
+# make test-hf  Transformers' own tests on our models: a table and runs/hf/results.json
 # make bench  ours and its rivals in turns: a table and runs/bench.json
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check lint docs bench clean
+.PHONY: install demo test test-slow test-hf check lint docs bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,9 +38,12 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+test-hf: install
+	$(BIN)/python tests_hf/run.py --json runs/hf/results.json
+
 lint: install
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests tests_hf benchmarks examples
+	$(BIN)/ruff format --check src tests tests_hf benchmarks examples
 	$(BIN)/mypy
 
 docs: install

@@ -1,0 +1,23 @@
+"""What vLLM calls in each of its processes (the entry point `vllm.general_plugins`), so that it finds our models."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def register() -> None:
+    """Let vLLM's Transformers backend build our models: `vllm serve DIR`, no `trust_remote_code`.
+
+    The backend reads a folder's configuration with `AutoConfig` and builds the body with `AutoModel`, which know our
+    models once `spannorm.models` is imported. In between its registry looks for the class that the configuration names
+    among Transformers' own (https://docs.vllm.ai/en/stable/models/supported_models/#transformers), so it is put there
+    too. vLLM may call this several times.
+    """
+    from vllm import ModelRegistry
+
+    from spannorm.models import SpanNormForCausalLM
+
+    # Transformers replaces its own entry in sys.modules while it is imported: take the one that the registry holds
+    registry: Any = sys.modules[type(ModelRegistry).__module__]
+    registry.transformers.SpanNormForCausalLM = SpanNormForCausalLM
