@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from spannorm.errors import InputError
 from spannorm.evaluate.questions import LOCAL, Question
@@ -175,19 +176,25 @@ def _from_harness(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's and datasets' notices and bars would tear the live table; errors are exceptions all the same."""
+    """No notices and no bars of the libraries, which would tear the live table; errors are exceptions all the same."""
     import datasets
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
+    bars = [
+        (datasets.disable_progress_bars, datasets.enable_progress_bars, datasets.are_progress_bars_disabled()),
+        (transformers_logging.disable_progress_bar, transformers_logging.enable_progress_bar,
+         not transformers_logging.is_progress_bar_enabled()),
+    ]  # fmt: skip
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+    for disable, _, _ in bars:
+        disable()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
+        for _, enable, was_disabled in bars:
+            if not was_disabled:
+                enable()

@@ -12,7 +12,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spannorm.errors import InputError
 from spannorm.evaluate.questions import LOCAL
-from spannorm.evaluate.tasks import LocalText, check_installed, load_tasks, questions, task_names, write_task_files
+from spannorm.evaluate.tasks import (
+    LocalText,
+    check_installed,
+    load_tasks,
+    questions,
+    quiet,
+    task_names,
+    write_task_files,
+)
 from spannorm.files import make_folder, read_json, write_json, writing_to
 from spannorm.train.data import TokenData
 from spannorm.train.environment import machine, versions
@@ -66,15 +74,9 @@ def evaluate_folder(
     names = task_names(names)
     path = _model_folder(folder)
     tokens = _tokens(folder, data) if any(name in LOCAL for name in names) else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} has no tokenizer ({next(iter(str(error).splitlines()), '')}): save it beside the model."
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer in {path} must be a fast one with an end-of-sequence token.")
-    model = spannorm.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    with quiet():
+        tokenizer = _tokenizer(path)
+        model = spannorm.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
     text = None if tokens is None else _text(tokens, model.config.max_position_embeddings, count)
     tasks = load_tasks(names, text)
     out = out or folder / "eval"
@@ -110,6 +112,17 @@ def _model_folder(folder: Path) -> Path:
             "comparison, or one that save_pretrained wrote."
         )
     return folder
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{path} has no tokenizer ({reason}): save it beside the model.") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {path} must be a fast one with an end-of-sequence token.")
+    return tokenizer
 
 
 def _tokens(folder: Path, data: Path | None) -> TokenData:
