@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +63,17 @@ def test_a_run_evaluates_its_model_and_the_command_finds_the_same(run, longer):
         margin = 1.959964 * acc["stderr"]  # the standard normal's 97.5 % quantile
         assert row[1:] == ["acc", *(f"{value:.4g}" for value in (acc["value"], margin, score["chance"])), "30"]
         assert len((run / "eval" / f"{name}.jsonl").read_text().splitlines()) == 30
+
+
+def test_the_pages_rules_of_thumb_run_as_printed_and_beat_guessing(run, longer):
+    evaluate_folder(run, ["local"], data=longer[1].directory, count=30)
+    page = (Path(__file__).parents[2] / "docs" / "eval.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope: dict = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code.replace("runs/eval/eval", str(run / "eval")), scope)
+    identifiers, brackets = scope["rules"]
+    assert identifiers > 0.4 and brackets > 0.6
 
 
 def test_a_saved_model_is_evaluated_on_the_tokens_it_is_given(run, longer, tmp_path):
