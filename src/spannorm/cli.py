@@ -133,6 +133,39 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A comp
     typer.echo(draw_report(directory))
 
 
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a saved model's.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="NAMES", help="local, paper, or lm-eval's names. Comma-separated.")
+    ] = "local",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Tokens for local tasks; default those of the run."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the results go; default DIR/eval.")
+    ] = None,
+    questions: Annotated[
+        int, typer.Option("--questions", metavar="N", min=0, help="Of each task at most; 0 takes all.")
+    ] = 500,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences at once.")] = 16,
+) -> None:
+    """Evaluate a saved model through lm-eval: on questions made from held-out text, or on any of lm-eval's tasks."""
+    from spannorm.console import wide_console
+    from spannorm.evaluate.table import print_scores
+    from spannorm.train.evaluation import RESULTS, evaluate_folder
+
+    console = wide_console()
+    with console.status("loading") as status:
+        results = evaluate_folder(
+            directory, listed(tasks), data=data, out=out, count=questions, batch_size=batch_size,
+            on_task=lambda name: status.update(name),
+        )  # fmt: skip
+    print_scores(results["tasks"], results["model"], console)
+    typer.echo(f"results  {(out or directory / 'eval') / RESULTS}")
+
+
 @app.command()
 def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> None:
     """Prepare a recipe's tokens, for `train --data`."""

@@ -283,3 +283,40 @@ def test_two_tables_each_have_their_arms_and_figures_and_may_share_a_run(tmp_pat
         f"{table}_{figure}" for table in ("common_body", "own_recipe") for figure in FIGURES
     }
     assert len(page.ids) == len(set(page.ids)), "what one figure calls its own is not another's"
+
+
+def evaluation(value: float, questions: int = 200, sha256: str = "same") -> dict[str, Any]:
+    acc = {"value": value, "stderr": 0.03, "higher_is_better": True}
+    bits = {"value": 1.25, "stderr": None, "higher_is_better": False}
+    return {
+        "bracket_matching": {"metrics": {"acc": acc}, "questions": questions, "chance": 1 / 3, "cut": 0,
+                             "version": 1.0, "questions_sha256": sha256},
+        "wikitext": {"metrics": {"word_perplexity": bits, "bits_per_byte": bits}, "questions": 62, "chance": None,
+                     "cut": 0, "version": 2.0},
+    }  # fmt: skip
+
+
+def answered(page: Page) -> dict[str, str]:
+    table = page.source.split("Questions answered after training</h2>")[1].split("<tbody>")[1].split("</tbody>")[0]
+    lines = [" ".join(unescape(re.sub(r"<[^>]*>", " ", row)).split()) for row in table.split("</tr>") if row.strip()]
+    return {line.split()[0]: line for line in lines}
+
+
+def test_answers_stand_by_arm_with_intervals_over_seeds_or_over_questions(tmp_path):
+    arms = [arm("span", seed=s, evaluation=evaluation(v)) for s, v in enumerate((0.5, 0.6, 0.7))]
+    arms += [arm("pre", evaluation=evaluation(0.38)), failed("post", "none", "non-finite"), arm("keel")]
+    page = draw(tmp_path, arms)
+    rows = answered(page)
+    assert set(rows) == {"guessing", "pre", "span"}
+    assert rows["guessing"] == "guessing 0.333 –"
+    # Student's 97.5 % quantile with 2 degrees of freedom is 4.3027; the spread of 0.5, 0.6, 0.7 is 0.1
+    assert rows["span"] == f"span none 0.600 ± {4.3027 * 0.1 / 3**0.5:.3f} 3 seeds 1.250 ± 0.000 3 seeds"
+    assert rows["pre"] == "pre none 0.380 ± 0.059 200 questions, as by chance 1.250 62 questions"
+    assert "bracket_matching, acc" in page.words and "word_perplexity" not in page.words
+    assert "Not all arms answered the same questions" not in page.words
+
+
+def test_other_questions_are_pointed_out_and_without_answers_there_is_no_table(tmp_path):
+    arms = [arm("span", evaluation=evaluation(0.5)), arm("pre", evaluation=evaluation(0.5, sha256="another"))]
+    assert "Not all arms answered the same questions" in draw(tmp_path / "other", arms).words
+    assert "Questions answered" not in draw(tmp_path / "none", THREE).words

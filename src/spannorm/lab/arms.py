@@ -72,6 +72,8 @@ class Run:
     """`gradient_rms` and `signal_rms` through training: the probes' steps, and (probes, layers)."""
     collapse: dict[str, list[float]] = field(default_factory=dict)
     """See `spannorm.train.collapse`."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """By task; see `spannorm.evaluate.harness.evaluate`."""
     routing: dict[str, Series] = field(default_factory=dict)
     """Of a mixture of experts: what its routers did, by name of `spannorm.train.health.ROUTING`."""
 
@@ -210,6 +212,7 @@ def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
         probes if len(probes) < 2 else [probes[0], probes[-1]],
         {key: layers(key) for key in ("gradient_rms", "signal_rms")},
         job.get("collapse") or {},
+        job.get("evaluation") or {},
         {name: measured for name in ROUTING if len((measured := series(name)).steps)},
     )
 

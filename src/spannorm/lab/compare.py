@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any
 
 from spannorm.errors import InputError
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
-from spannorm.lab.plan import Plan
+from spannorm.lab.plan import Job, Plan
 from spannorm.lab.report import draw_report
 from spannorm.lab.runner import Runner
 from spannorm.lab.summary import summarize
 from spannorm.lab.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
+from spannorm.train.evaluation import tasks_of
 from spannorm.train.recipe import DataRecipe, Recipe
 from spannorm.train.run import differences, model_config
 
@@ -86,9 +87,21 @@ def _opened(
         tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
         for job in jobs:
             model_config(job.recipe, tokens[job.recipe.data])
+        _check_tasks(jobs, tokens)
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
         yield Runner(out, plan.jobs, data, imports, at_once), about
+
+
+def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) -> None:
+    """Load what jobs are evaluated on, once each, before any of them is run."""
+    seen = set()
+    for job in jobs:
+        t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
+        which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
+        if t.evaluate and which not in seen:
+            tasks_of(t, tokens[job.recipe.data], context)
+            seen.add(which)
 
 
 def _check_same_comparison(recipe: Recipe, out: Path) -> None:

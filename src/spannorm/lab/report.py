@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spannorm.files import write_bytes, write_text, writing_to
 from spannorm.lab.ablation import Ablation, ablation
+from spannorm.lab.answers import Answers, answers
 from spannorm.lab.arms import Arm, Job, group_jobs, looks, read_results, values_of
 from spannorm.lab.conditions import draw_conditions, draw_tolerances
 from spannorm.lab.figures import MAX_ARMS, Drawing, draw, draw_rates
@@ -51,6 +52,7 @@ class Section:
     """All learning rates, where there are several."""
     strip: Callable[[Row], dict[str, float] | None]
     ablation: Ablation | None
+    answers: Answers | None
     figures: Figures
     left_out: int
     """Arms beyond what a figure can hold."""
@@ -148,6 +150,7 @@ def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) 
         every=rows if any(len(arm.rates) > 1 for arm in arms) else [],
         strip=strip(rows),
         ablation=ablation(arms) if rows else None,
+        answers=answers(arms) if rows else None,
         figures=figures,
         left_out=max(0, len(arms) - MAX_ARMS),
     )

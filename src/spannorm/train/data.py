@@ -106,6 +106,14 @@ class TokenData:
         shape = (self.split(split).tokens,)
         return np.memmap(self.directory / f"{split}.bin", _on_disk(self.dtype), mode="r", shape=shape)
 
+    def documents(self, split: str) -> Iterator[str]:
+        """The texts of a split, decoded: exact under `bytes` and `bpe`, else as far as the tokenizer keeps them."""
+        tokens, tokenizer = self.tokens(split), self.tokenizer()
+        start = 0
+        for end in np.flatnonzero(tokens == self.end_of_document):
+            yield tokenizer.decode(tokens[start:end].tolist())
+            start = int(end) + 1
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer the data was made with."""
         return AutoTokenizer.from_pretrained(self.directory / "tokenizer", trust_remote_code=False)

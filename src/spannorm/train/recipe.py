@@ -96,6 +96,10 @@ class TrainRecipe:
     """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
     collapse: bool = False
     """After training, measure rank, spectrum and what the loss loses by each block when it is skipped."""
+    evaluate: tuple[str, ...] = ()
+    """After training, tasks to run on the model: `local`, `paper`, or lm-eval's names (docs/eval.md)."""
+    evaluate_questions: int = 200
+    """Of each of these tasks at most; 0 takes all."""
     seed: int = 0
     """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
     threads: int = 0
@@ -276,6 +280,7 @@ def _check_ranges(recipe: Recipe) -> None:
     positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
     positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
     not_negative = ["warmup_steps", "weight_decay", "clip_norm", "loss_chunk", "threads", "seed"]
+    not_negative += ["evaluate_questions"]
     for name in positive:
         if not getattr(t, name) > 0:
             raise InputError(f"train.{name} must be above 0; got {getattr(t, name)}.")
@@ -297,6 +302,11 @@ def _check_ranges(recipe: Recipe) -> None:
     if t.optimizer == "muon" and t.parallel == "fsdp":
         raise InputError(
             "train.optimizer muon needs whole matrices, which train.parallel fsdp shards: use adamw or ddp."
+        )
+    if t.evaluate and t.parallel == "fsdp":
+        raise InputError(
+            "train.evaluate needs the whole model on one process, which train.parallel fsdp shards: leave it out, and "
+            "run `spannorm eval` on the finished run."
         )
     if t.schedule == "ramp" and t.on_spike == "rollback":
         raise InputError(

@@ -39,6 +39,7 @@ from spannorm.train.checkpoints import Sealer, check_config, last_complete, refu
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, passes, uses_bf16
+from spannorm.train.evaluation import evaluate_run, tasks_of
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORDS, RampEnd, Recorder
@@ -139,6 +140,8 @@ def _train(
     tokens = on_first(lambda: prepare_data(recipe.data, data or out / "data"))
     config = model_config(recipe, tokens)
     t = recipe.train
+    if t.evaluate:
+        on_first(lambda: bool(tasks_of(t, tokens, config.max_position_embeddings)))  # an error now, not after training
     per_step = t.batch_size * t.accumulation
     left_out = [(r["to"] * per_step, r["step"] * per_step) for r in on_first(lambda: read_jsonl(out / ROLLBACKS))]
     sequences = TrainingSequences(tokens, t.sequence_length, t.steps * per_step, t.seed, left_out)
@@ -213,6 +216,8 @@ def _finish(
     if collapsed is not None:
         result["collapse"] = collapsed
     if not math.isnan(losses["validation"]):
+        if recipe.train.evaluate:
+            result["evaluation"] = evaluate_run(model, recipe.train, tokens)
         model.save_pretrained(out / "model", state_dict=weights)
         tokens.tokenizer().save_pretrained(out / "model")
     write_json(out / RESULT, result)

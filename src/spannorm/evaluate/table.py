@@ -1,0 +1,46 @@
+"""The table an evaluation ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spannorm.console import wide_console
+
+LEVEL = 0.95
+"""Of every interval."""
+
+
+def margin(stderr: float | None) -> float | None:
+    """Half of the interval over the questions, by the normal approximation: z · standard error."""
+    return None if stderr is None else NormalDist().inv_cdf((1 + LEVEL) / 2) * stderr
+
+
+def print_scores(tasks: Mapping[str, Mapping[str, Any]], title: str, console: Console | None = None) -> None:
+    """Print each task's metrics with their intervals, what guessing comes to, and what did not fit."""
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for heading in ("value", f"± ({LEVEL:.0%})", "chance", "questions"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for name, score in tasks.items():
+        for metric, of in score["metrics"].items():
+            table.add_row(
+                name,
+                metric + ("" if of["higher_is_better"] in (True, None) else " ↓"),
+                _figure(of["value"]),
+                _figure(margin(of["stderr"])),
+                _figure(score["chance"] if metric in ("acc", "acc_norm") else None),
+                str(score["questions"]),
+                f"{score['cut']:,} contexts cut: longer than the model's" if score["cut"] else "",
+            )
+    (console or wide_console()).print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
