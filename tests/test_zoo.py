@@ -95,6 +95,23 @@ def test_a_whole_stack_and_all_its_gradients_are_those_of_the_equations(name, ru
     )
 
 
+@pytest.mark.parametrize("b", [0, 2])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_read_is_what_attention_is_given_but_for_the_norm_and_its_factor(name, b):
+    placement = new(name, b)
+    for key, parameter in placement.named_parameters():
+        if key not in ("attn_norm.weight", "initial_norm.weight"):  # their gains would turn what they read
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    given: list[Tensor] = []
+    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
+    x = torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+    placement(x, lambda n: given.append(n) or torch.tanh(n), torch.tanh)
+    read = placement.read(placement.enter(x) if b == 0 else x)
+    assert read.shape == (2, 3, WIDTH)
+    cosine = torch.nn.functional.cosine_similarity(given[0], read, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("depth", "alpha"), [(12, 2.213364), (24, 2.632148), (32, 2.828427)])
 def test_deepnorm_alpha_is_the_papers_at_every_block(depth, alpha):
     for b in (0, depth // 2, depth - 1):

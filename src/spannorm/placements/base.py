@@ -175,6 +175,17 @@ class Placement(nn.Module, ABC):
         """The state the blocks carry → what the final norm or the head reads."""
         return x
 
+    def read(self, x: State) -> Stream:
+        """What the block's attention reads, before its norm, of the state that the block works on.
+
+        Args:
+            x: the state that enters `block`: block 0's is what `enter` makes of the embedding.
+
+        Returns:
+            (batch, seq, hidden), of one stream the stream itself.
+        """
+        return x
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self.own_gains():  # up to 0.1 a number was a parameter of no dimension
             if (value := state_dict.get(prefix + name)) is not None and value.ndim == 0:

@@ -47,6 +47,9 @@ class ResiDual(Placement):
         x, d = x.unbind(-2)
         return x + self.readout_norm(d)
 
+    def read(self, x: State) -> Stream:
+        return x.select(-2, 0)
+
 
 @final
 class SiameseNorm(Placement):
@@ -96,3 +99,7 @@ class SiameseNorm(Placement):
     def exit(self, x: Stream) -> State:
         x, y = x.unbind(-2)
         return x + self.readout_norm(y)
+
+    def read(self, x: State) -> Stream:
+        x, y = x.unbind(-2)
+        return x + self._norm("attn_y_norm")(y)
