@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,11 @@ def block_of(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("layers.") else 0
 
 
-def expected_draw(name: str, placement: str, rule: str, tied: bool) -> tuple[float, float]:
+def expected_draw(name: str, placement: str, rule: str, tied: bool) -> tuple[Any, float]:
     """(mean, std) of a parameter, by hand."""
     module, leaf = name.split(".")[-2:]
+    if leaf in (own := FACTS[placement].own(block_of(name), WIDTH)):
+        return own[leaf]
     if leaf in ("attn_scale", "ffn_scale"):
         return {"rezero": 0.0, "layerscale": 0.1}[rule], 0.0
     if leaf == "bias":
@@ -79,9 +82,12 @@ def test_every_parameter_is_drawn_as_the_rule_says(placement, rule, tied):
     assert plan.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         mean, std = expected_draw(name, placement, rule, tied)
-        assert (plan[name].mean, plan[name].std) == pytest.approx((mean, std), rel=1e-12)
+        torch.testing.assert_close(
+            torch.as_tensor(plan[name].mean), torch.as_tensor(mean).expand_as(torch.as_tensor(plan[name].mean))
+        )
+        assert plan[name].std == pytest.approx(std, rel=1e-12)
         if std == 0.0:
-            assert torch.equal(parameter, torch.full(parameter.shape, mean))
+            assert torch.equal(parameter, torch.as_tensor(mean).expand_as(parameter))
         else:
             z, n = parameter.double() / std, parameter.numel()
             assert z.mean().abs() < 5 / n**0.5

@@ -198,7 +198,7 @@ def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
 @pytest.mark.parametrize(("name", "rule"), ARMS)
 def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(name, rule):
     placement = new(name, rule, layer_idx=1, norm="layernorm")
-    expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")}
+    expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")} | set(FACTS[name].own(1, WIDTH))
     if rule in ("rezero", "layerscale"):
         expected |= {"attn_scale", "ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks

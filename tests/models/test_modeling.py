@@ -117,10 +117,10 @@ def silent_at_start(placement: str, rule: str, name: str) -> bool:
     if rule != "rezero" or "layers" not in name:
         return False
     gains = ("ffn_scale",) if placement == "span" else ("attn_scale", "ffn_scale")
-    norms = FACTS[placement].stream_norms
+    on_stream = FACTS[placement].on_stream
     if placement == "hybrid_star" and "layers.0." in name:
-        norms = ()  # PreNorm's block
-    return not name.endswith((*gains, *(f"placement.{norm}.weight" for norm in norms)))
+        on_stream = ()  # PreNorm's block
+    return not name.removesuffix(".weight").endswith((*gains, *(f"placement.{own}" for own in on_stream)))
 
 
 @pytest.mark.parametrize(("placement", "rule"), ARMS)

@@ -38,6 +38,9 @@ def skip_and_branch(stack: EquationStack, b: int, x: Tensor, which: str) -> tupl
     """The two parts of a sum: the skip is what is left when the branch returns 0. Attention's sum is there before the
     FFN runs, so the FFN is silenced to read it."""
     site = FACTS[stack.name].sums(b)[which]
+    if site == "sum":
+        stack.equation(b, x)
+        return stack.cases[b].sums[which]
     branch = which.removesuffix("_2")
     later = {"ffn": zero} if branch == "attn" else {}
     total = site_value(stack, b, x, site, **later)
