@@ -25,7 +25,7 @@ def test_the_page_of_placements_is_what_the_docstrings_say() -> None:
 def test_every_placement_states_its_equation_ends_init_source_and_data_flow(entry) -> None:
     assert {"Equation", "Ends", "Init", "Source"} <= entry.fields.keys()
     assert entry.summary.endswith(".") and entry.diagram.count("\n") >= (0 if entry.name == "mix" else 1)
-    assert re.search(r"arXiv \d{4}\.\d{5}|Transformers' `\w+`", entry.fields["Source"])
+    assert re.search(r"arXiv \d{4}\.\d{5}|Transformers'\s`\w+`", entry.fields["Source"])
     assert entry.fields["Equation"].replace("`", "") in as_text(entry)
 
 

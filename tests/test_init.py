@@ -66,7 +66,7 @@ def expected_draw(name: str, placement: str, rule: str, tied: bool) -> tuple[Any
         return {"rezero": 0.0, "layerscale": 0.1}[rule], 0.0
     if leaf == "bias":
         return 0.0, 0.0
-    if module.endswith("norm"):
+    if "norm" in module:
         written = {"attn_output_norm": 0.283, "ffn_output_norm": 0.432, "attn_norm": 0.283, "ffn_norm": 0.432}
         gained = "gain(" in rule and module in FACTS[placement].output_norms
         return 0.5 * written[module] if gained else 1.0, 0.0

@@ -103,8 +103,7 @@ def new(name: str, rule: str | None = None, layer_idx: int = 1, norm: str = "rms
 
 def stream(name: str) -> Tensor:
     """What a middle block reads."""
-    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 else ()
-    return torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+    return torch.randn(2, 3, *FACTS[name].state(1), WIDTH, dtype=F64)
 
 
 def compare(placement: Placement, reference: Reference, expected: Tensor) -> None:
@@ -188,7 +187,7 @@ def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
     placement, stack, fact = new(name, layer_idx=DEPTH - 1), Stack(name, DEPTH), FACTS[name]
     assert placement.rule.name == stack.depth_rule == fact.rule
     assert placement.final_norm is stack.final_norm is fact.final_norm
-    assert placement.embedding_norm is stack.embedding_norm is False
+    assert placement.embedding_norm is stack.embedding_norm is fact.embedding_norm
     assert dict(placement.inner_norms) == dict(stack.inner_norms) == fact.inner_norms
     assert stack.kind.recommended_base_init == fact.base_init
     assert dict(placement.output_norms) == fact.output_norms

@@ -57,8 +57,7 @@ def test_every_registered_placement_has_an_equation_here():
 def test_each_block_and_all_its_gradients_are_those_of_the_equation(name, rule, norm):
     for b in range(DEPTH):
         case = Case(norm, b, DEPTH, FACTORS.get(rule, (1.0, 1.0)))
-        streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
-        x = case.leaf("x", 2, 3, *streams, WIDTH)
+        x = case.leaf("x", 2, 3, *FACTS[name].state(b), WIDTH)
         expected = EQUATIONS[name](case, x)
         placement = new(name, b, None if rule == "default" else rule, norm)
         own = fill(placement, case)
@@ -103,8 +102,7 @@ def test_read_is_what_attention_is_given_but_for_the_norm_and_its_factor(name, b
         if key not in ("attn_norm.weight", "initial_norm.weight"):  # their gains would turn what they read
             torch.nn.init.normal_(parameter, 1.0, 0.3)
     given: list[Tensor] = []
-    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
-    x = torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+    x = torch.randn(2, 3, *FACTS[name].state(b), WIDTH, dtype=F64)
     placement(x, lambda n: given.append(n) or torch.tanh(n), torch.tanh)
     read = placement.read(placement.enter(x) if b == 0 else x)
     assert read.shape == (2, 3, WIDTH)
