@@ -171,7 +171,7 @@ class ManifoldHyperConnections(_Hyper):
 
     def exit(self, x: Stream) -> State:
         weights = self._logits(x, "readout")[0].sigmoid() + self.EPS
-        return mixed(weights.unsqueeze(-1), x)[..., 0, :]
+        return mixed(weights.unsqueeze(-1), x)[..., 0, :].clone()  # FSDP2 wants no view of a model's parts
 
     def _weights(self, x: State, site: str) -> tuple[Tensor, Tensor]:
         pre, post, comb = self._logits(x, site)

@@ -28,7 +28,7 @@ class _Sources(Placement):
         return x.unsqueeze(-2)
 
     def exit(self, x: Stream) -> State:
-        return self._attended(x, "readout")
+        return self._attended(x, "readout").clone()  # FSDP2 wants no view of a model's parts
 
     def read(self, x: State) -> Stream:
         return x[..., 0, :] if self.is_first else self._attended(x, "attn")  # the embedding is the only source
@@ -49,7 +49,8 @@ class _Sources(Placement):
 class AttentionResiduals(_Sources):
     """Every sublayer reads an attention over all that was written before it, in the place of a sum.
 
-        v_0 … v_l ─ softmax(q_l·unit(v)) ─ Σ ─ N ─ f ─ v_(l+1)        v_0 is the embedding
+        v_0 … v_l ─ softmax(q_l·unit(v)) ─ Σ ─ N ─ f ─┐        v_0 is the embedding
+              └────────────────────────── and v_(l+1) ┘
 
     Equation: before sublayer l `h = Σ_i softmax_i(q_l·unit(v_i))·v_i`, `v_(l+1) = c·f(N(h))`; q_l a learned vector.
     Ends: block 0's attention reads the embedding; one more read leaves; a final norm. The state grows by two a block.

@@ -149,7 +149,7 @@ class MixedInput(Placement):
         return torch.stack((x, x), dim=-2)
 
     def exit(self, x: Stream) -> State:
-        return x.select(-2, 0)
+        return x.select(-2, 0).clone()  # FSDP2 wants no view of a model's parts
 
     def read(self, x: State) -> Stream:
         x, x_0 = x.unbind(-2)
