@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
+from spannorm.placements import Placement
 from spannorm.roles import NO_DECAY, Fused, Roles, known_parameters
 from spannorm.scaling import BASE_INITS, Role, base_std, cut_std
 
@@ -68,8 +69,8 @@ def init_plan(
     Raises:
         InputError: a parameter without a role; no `width` where there is neither a configuration nor a placement.
     """
+    owners: list[Any] = [getattr(model, "config", None), *(getattr(m, "placement", None) for m in model.modules())]
     if width is None:
-        owners: list[Any] = [getattr(model, "config", None), *(getattr(m, "placement", None) for m in model.modules())]
         width = next((owner.hidden_size for owner in owners if hasattr(owner, "hidden_size")), None)
     if width is None:
         raise InputError(
@@ -83,6 +84,7 @@ def init_plan(
         "base_init": base_init,
         "initializer_range": initializer_range,
         "tied": tied,
+        "num_layers": next((owner.num_layers for owner in owners[1:] if isinstance(owner, Placement)), 1),
     }
     plan = {}
     for k in known_parameters(model, roles):
