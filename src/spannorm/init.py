@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
-from spannorm.placements import Placement
 from spannorm.roles import NO_DECAY, Fused, Roles, known_parameters
 from spannorm.scaling import BASE_INITS, Role, base_std, cut_std
 
@@ -84,7 +83,7 @@ def init_plan(
         "base_init": base_init,
         "initializer_range": initializer_range,
         "tied": tied,
-        "num_layers": next((owner.num_layers for owner in owners[1:] if isinstance(owner, Placement)), 1),
+        "num_layers": next((owner.num_layers for owner in owners[1:] if hasattr(owner, "num_layers")), 1),
     }
     plan = {}
     for k in known_parameters(model, roles):
