@@ -35,20 +35,34 @@ UNSCALED = ("pre:none", "span:none", "post:1/sqrt(L)", "deepnorm:none")
 GOALS = {"variance": 0.05, "skip": 0.05, "total": 0.15}
 
 
-def arm(name: str, depth: int, seeds: int, **more: Any) -> dict[str, Any]:
+def followed() -> list[str]:
+    """The placements that the theory can follow."""
+    names = []
+    for name in PLACEMENTS:
+        try:
+            theory.predict(name, 2)
+        except theory.NoRule as reason:
+            print(f"left out: {reason}")
+        else:
+            names.append(name)
+    return names
+
+
+def arm(name: str, depth: int, seeds: int, options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """One placement under one rule at one depth: what is predicted, what `seeds` models do.
 
     Args:
+        options: the placement's own.
         more: keys of both `Body` and `SpanNormConfig`.
     """
     placement, _, rule = name.partition(":")
     sizes = {**SIZES, **more}
     body = theory.Body(**sizes, sequence_length=LENGTH, repeat=1 / VOCABULARY)
-    p = theory.predict(placement, depth, depth_rule=rule or None, body=body)
+    p = theory.predict(placement, depth, depth_rule=rule or None, body=body, **(options or {}))
     records, gains = [], []
     for seed in range(seeds):
         config = SpanNormConfig(placement=placement, depth_rule=rule or None, num_hidden_layers=depth,
-                                vocab_size=VOCABULARY, init_seed=seed, **sizes)  # fmt: skip
+                                vocab_size=VOCABULARY, init_seed=seed, placement_options=options, **sizes)  # fmt: skip
         model = SpanNormForCausalLM(config).eval()
         ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
 
@@ -162,7 +176,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", default="8,32,128,512")
-    parser.add_argument("--arms", default=",".join([*PLACEMENTS, *UNSCALED]))
+    parser.add_argument("--arms", default=",".join([*followed(), *UNSCALED]))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

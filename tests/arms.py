@@ -26,7 +26,7 @@ FULL_RULES = [
 ]
 """Every name, every place and every factor; `:gain` is for placements with norms on their branches' outputs."""
 REPRESENTATIVE = ("none", "1/sqrt(L)", "1/sqrt(2L):forward", "rezero")
-SEVERAL_STREAMS = [name for name, fact in FACTS.items() if fact.streams > 1]
+SEVERAL_STREAMS = [name for name, fact in FACTS.items() if fact.several]
 NO_FINAL_NORM = [name for name, fact in FACTS.items() if not fact.final_norm]
 
 DISCOURAGED = pytest.mark.filterwarnings("ignore:LayerNormScaling with depth rule '1/sqrt")

@@ -120,3 +120,10 @@ def test_no_room_for_a_checkpoint_is_one_clear_error_and_the_run_goes_on_with_ro
     assert not (tmp_path / "run" / "result.json").exists()
     ran = spannorm(*run)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_comma_in_brackets_belongs_to_its_depth_rule() -> None:
+    from spannorm.cli import listed
+
+    rules = "1/sqrt(L):gain(0.283,0.432), none,completep(4)"
+    assert listed(rules) == ["1/sqrt(L):gain(0.283,0.432)", "none", "completep(4)"]

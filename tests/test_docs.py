@@ -25,7 +25,7 @@ def test_the_page_of_placements_is_what_the_docstrings_say() -> None:
 def test_every_placement_states_its_equation_ends_init_source_and_data_flow(entry) -> None:
     assert {"Equation", "Ends", "Init", "Source"} <= entry.fields.keys()
     assert entry.summary.endswith(".") and entry.diagram.count("\n") >= (0 if entry.name == "mix" else 1)
-    assert re.search(r"arXiv \d{4}\.\d{5}", entry.fields["Source"])
+    assert re.search(r"arXiv \d{4}\.\d{5}|Transformers'\s`\w+`", entry.fields["Source"])
     assert entry.fields["Equation"].replace("`", "") in as_text(entry)
 
 
@@ -38,8 +38,8 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
     (code, gated), (recipe,), commands = blocks(page, "python"), blocks(page, "yaml"), "".join(blocks(page, "sh"))
     (tmp_path / "gated.py").write_text(gated)
     commands += "spannorm theory --placements gated_pre --depths 4 --import gated.py\n"
-    (tmp_path / "parallel.py").write_text(code)
-    (tmp_path / "parallel.yaml").write_text(recipe)
+    (tmp_path / "ffn_first.py").write_text(code)
+    (tmp_path / "ffn_first.yaml").write_text(recipe)
     for command in commands.splitlines():
         words = command.split()
         assert words[0] == "spannorm"
@@ -47,14 +47,14 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
             [sys.executable, "-m", "spannorm", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "parallel" in ran.stdout or "gated_pre" in ran.stdout
-    results = json.loads((tmp_path / "runs" / "parallel" / "results.json").read_text())
+        assert "ffn_first" in ran.stdout or "gated_pre" in ran.stdout
+    results = json.loads((tmp_path / "runs" / "ffn_first" / "results.json").read_text())
     assert [(a["placement"], a["depth_rule"]) for a in results["arms"]] == [
-        ("parallel", "1/sqrt(2L)"),
-        ("parallel", "1/sqrt(L):forward"),
+        ("ffn_first", "1/sqrt(2L)"),
+        ("ffn_first", "1/sqrt(L):forward"),
     ]
     assert all(arm["val_loss"] is not None for arm in results["arms"])
-    assert "parallel" not in PLACEMENTS, "a user's file changes nothing outside its own process"
+    assert "ffn_first" not in PLACEMENTS, "a user's file changes nothing outside its own process"
 
 
 def test_the_page_on_probes_runs_as_printed() -> None:

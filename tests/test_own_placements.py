@@ -15,7 +15,7 @@ import spannorm
 from spannorm import InputError, Placement, Stack, probes, theory
 from spannorm.placements import PLACEMENTS, Gains
 
-OWN = {"hyper": Hyper, "gated": Gated, "mixed": Mixed}
+OWN = {"hyper": Hyper, "gated_pre": Gated, "mixed": Mixed}
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,11 @@ def test_rewired_into_a_llama_they_are_drawn_and_saved_too(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [("hyper", None), ("mixed", None), ("pre", "rezero"), ("peri", "layerscale")]
+    ("name", "rule"),
+    [
+        *(("hyper", None), ("mixed", None), ("pre", "rezero"), ("peri", "layerscale")),
+        *((name, None) for name in ("channel", "mixed_input", "hc", "mhc", "gated", "attnres_block")),
+    ],
 )
 def test_in_shards_they_are_drawn_as_in_one_piece(tiny_config, name, rule):
     from spannorm.train.sharding import sharded_model
@@ -165,7 +169,7 @@ def test_the_theory_follows_streams_whose_dynamic_part_starts_at_zero():
 def test_the_theory_follows_gates_channels_and_a_detached_stream():
     # for one token, v = 1 for attention: forward h = (x + ½a)·¾, backward the stream is not scaled
     body = theory.Body(sequence_length=1, eps=0.0)
-    p = theory.predict("gated", 1, body=body)
+    p = theory.predict("gated_pre", 1, body=body)
     assert p.variance["ffn_norm"][0] == pytest.approx(1.25 * 0.75**2)
     v_f = 0.35578
     assert p.variance["output"][0] == pytest.approx(1.25 * 0.75**2 + 4 * v_f, rel=1e-4)
@@ -217,7 +221,7 @@ def test_probes_measure_gated_branches_and_any_number_of_streams(tiny_config, na
     assert len(record.signal_rms_by_stream) == (STREAMS if name == "hyper" else 0)
     paths = probes.gradient_paths(model, lambda: model(ids, labels=ids, use_cache=False).loss)
     assert all(math.isfinite(g) for g in paths.log_gain["total"])
-    if name == "gated":
+    if name == "gated_pre":
         assert record.added_rms["attn"] == pytest.approx([0.5 * v for v in record.branch_rms["attn"]])
         assert record.added_rms["ffn"] == pytest.approx([2.0 * v for v in record.branch_rms["ffn"]])
     if name == "mixed":

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from arms import ARMS, FULL, rules_of
+from equations import own_parameters
 from facts import FACTS
 from torch import Tensor
 
@@ -103,8 +104,7 @@ def new(name: str, rule: str | None = None, layer_idx: int = 1, norm: str = "rms
 
 def stream(name: str) -> Tensor:
     """What a middle block reads."""
-    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 else ()
-    return torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+    return torch.randn(2, 3, *FACTS[name].state(1), WIDTH, dtype=F64)
 
 
 def compare(placement: Placement, reference: Reference, expected: Tensor) -> None:
@@ -188,7 +188,7 @@ def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
     placement, stack, fact = new(name, layer_idx=DEPTH - 1), Stack(name, DEPTH), FACTS[name]
     assert placement.rule.name == stack.depth_rule == fact.rule
     assert placement.final_norm is stack.final_norm is fact.final_norm
-    assert placement.embedding_norm is stack.embedding_norm is False
+    assert placement.embedding_norm is stack.embedding_norm is fact.embedding_norm
     assert dict(placement.inner_norms) == dict(stack.inner_norms) == fact.inner_norms
     assert stack.kind.recommended_base_init == fact.base_init
     assert dict(placement.output_norms) == fact.output_norms
@@ -198,9 +198,9 @@ def test_what_belongs_to_a_placement_is_what_its_authors_give_it(name):
 @pytest.mark.parametrize(("name", "rule"), ARMS)
 def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(name, rule):
     placement = new(name, rule, layer_idx=1, norm="layernorm")
-    expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")}
+    expected = {f"{n}.{p}" for n in FACTS[name].norms for p in ("weight", "bias")} | set(FACTS[name].own(1, WIDTH))
     if rule in ("rezero", "layerscale"):
-        expected |= {"gains_norm.attn_scale", "gains_norm.ffn_scale"}
+        expected |= {"attn_scale", "ffn_scale"}
         # the rule's start: 0, or 0.1 up to 18 blocks
         start = torch.full(((1,) if rule == "rezero" else (WIDTH,)), 0.0 if rule == "rezero" else 0.1, dtype=F64)
         torch.testing.assert_close(placement.attn_scale.detach(), start)
@@ -208,7 +208,8 @@ def test_constants_are_floats_and_the_state_holds_norms_and_learned_gains_alone(
     else:
         assert type(placement.attn_scale) is float
         assert type(placement.ffn_scale) is float
-    assert set(placement.state_dict()) == expected
+    assert set(own_parameters(placement)) == expected
+    assert len(placement.state_dict()) == len(expected)
     assert not list(placement.buffers())
 
 

@@ -269,6 +269,15 @@ def test_megatron_at_width_2048_is_the_papers():
     assert base_std("ffn_down", 8192, 2048, width=2048, base_init="megatron") == pytest.approx(0.0139754, abs=5e-8)
 
 
+def test_tiny_init_is_pangus_at_width_1024_and_32_blocks():
+    tiny = {"width": 1024, "base_init": "tiny", "num_layers": 32}
+    for role in ("q", "ffn_down", "router", "head"):
+        assert base_std(role, 64, 128, **tiny) == 2**-8  # 1/√(2·1024·32)
+    assert base_std("embedding", 1024, 50, **tiny) == 1.0
+    for role in ("embedding", "head"):
+        assert base_std(role, 1024, 50, tied=True, **tiny) == 2**-5
+
+
 @pytest.mark.parametrize("base_init", BASE_INITS)
 @pytest.mark.parametrize("role", ["norm", "bias", "gain"])
 def test_norms_biases_and_gains_are_not_drawn(role, base_init):
@@ -287,7 +296,7 @@ def test_an_unknown_base_init_is_refused():
 def test_which_base_inits_are_cut_and_where():
     cuts = {name: cut for name, cut in BASE_INITS.items() if cut is not None}
     assert cuts == {"normal_cut": 3.0, "megatron": 3.0}
-    assert set(BASE_INITS) - set(cuts) == {"fan_in", "normal", "small", "xavier"}
+    assert set(BASE_INITS) - set(cuts) == {"fan_in", "normal", "small", "tiny", "xavier"}
 
 
 @pytest.mark.parametrize("cut", [0.5, 1.0, 2.0, 3.0, 6.0])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from arms import DEFAULT_RULE
+from equations import own_parameters
 from facts import EPS, EQUATIONS, F64, FACTS, WIDTH, Case
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def new(name: str, b: int, rule: str | None = None, norm: str = "rmsnorm", depth
 
 def fill(placement: Placement, case: Case) -> dict[str, Tensor]:
     """Give the placement the case's norms and gains: all of them, and it has no others."""
-    own = dict(placement.named_parameters())
+    own = own_parameters(placement)
     outside = {"mix", "proj", "up", "down", "x"}
     assert set(own) == set(case.leaves) - outside
     with torch.no_grad():
@@ -57,8 +58,7 @@ def test_every_registered_placement_has_an_equation_here():
 def test_each_block_and_all_its_gradients_are_those_of_the_equation(name, rule, norm):
     for b in range(DEPTH):
         case = Case(norm, b, DEPTH, FACTORS.get(rule, (1.0, 1.0)))
-        streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
-        x = case.leaf("x", 2, 3, *streams, WIDTH)
+        x = case.leaf("x", 2, 3, *FACTS[name].state(b), WIDTH)
         expected = EQUATIONS[name](case, x)
         placement = new(name, b, None if rule == "default" else rule, norm)
         own = fill(placement, case)
@@ -99,12 +99,11 @@ def test_a_whole_stack_and_all_its_gradients_are_those_of_the_equations(name, ru
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_read_is_what_attention_is_given_but_for_the_norm_and_its_factor(name, b):
     placement = new(name, b)
-    for key, parameter in placement.named_parameters():
+    for key, parameter in own_parameters(placement).items():
         if key not in ("attn_norm.weight", "initial_norm.weight"):  # their gains would turn what they read
             torch.nn.init.normal_(parameter, 1.0, 0.3)
     given: list[Tensor] = []
-    streams = (FACTS[name].streams,) if FACTS[name].streams > 1 and b > 0 else ()
-    x = torch.randn(2, 3, *streams, WIDTH, dtype=F64)
+    x = torch.randn(2, 3, *FACTS[name].state(b), WIDTH, dtype=F64)
     placement(x, lambda n: given.append(n) or torch.tanh(n), torch.tanh)
     read = placement.read(placement.enter(x) if b == 0 else x)
     assert read.shape == (2, 3, WIDTH)

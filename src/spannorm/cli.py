@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -278,7 +279,8 @@ def depth_check(
 
 
 def listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """Parts between commas; a comma in brackets belongs to its part, as in `1/sqrt(L):gain(0.283,0.432)`."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
 
 
 def numbers(option: str, text: str) -> list[int]:

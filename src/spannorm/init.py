@@ -68,8 +68,8 @@ def init_plan(
     Raises:
         InputError: a parameter without a role; no `width` where there is neither a configuration nor a placement.
     """
+    owners: list[Any] = [getattr(model, "config", None), *(getattr(m, "placement", None) for m in model.modules())]
     if width is None:
-        owners: list[Any] = [getattr(model, "config", None), *(getattr(m, "placement", None) for m in model.modules())]
         width = next((owner.hidden_size for owner in owners if hasattr(owner, "hidden_size")), None)
     if width is None:
         raise InputError(
@@ -83,6 +83,7 @@ def init_plan(
         "base_init": base_init,
         "initializer_range": initializer_range,
         "tied": tied,
+        "num_layers": next((owner.num_layers for owner in owners[1:] if hasattr(owner, "num_layers")), 1),
     }
     plan: dict[str, Draw] = {}
     for k in known_parameters(model, roles):

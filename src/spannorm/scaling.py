@@ -205,6 +205,7 @@ BASE_INITS: Mapping[str, float | None] = {
     "megatron": 3.0,
     "small": None,
     "xavier": None,
+    "tiny": None,
 }
 """Every base init, and at how many σ its draw is cut (None: not at all)."""
 
@@ -218,6 +219,7 @@ def base_std(
     base_init: str = "fan_in",
     initializer_range: float = 0.02,
     tied: bool = False,
+    num_layers: int = 1,
 ) -> float:
     """The σ of a parameter before any depth rule: one table, role → σ.
 
@@ -229,11 +231,15 @@ def base_std(
     | embedding tied to the head (then times √d on input) | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
     | norm, bias, learned gain | 0: constant | 0 | 0 | 0 |
 
+    `tiny` (TinyInit, Pangu Ultra, arXiv 2504.07866): (2 d L)^-1/2 for every matrix and the head, L blocks. The
+    embedding is as in `fan_in`: our reading, so that it is not lost beside the branches' outputs.
+
     Args:
         fan_in: the length of what a row is multiplied with; for embedding and head the width d.
         fan_out: the number of rows.
         width: d, the model's hidden size.
         tied: whether embedding and head share one matrix.
+        num_layers: L, which `tiny` alone asks for.
     """
     if base_init not in BASE_INITS:
         raise unknown("base_init", base_init, BASE_INITS)
@@ -245,6 +251,8 @@ def base_std(
         return (2.5 * width) ** -0.5
     if role == "embedding":
         return width**-0.5 if tied else 1.0
+    if base_init == "tiny" and not (role == "head" and tied):
+        return float((2 * width * num_layers) ** -0.5)
     if base_init == "xavier" and role != "head":
         return (2 / (fan_in + fan_out)) ** 0.5
     return fan_in**-0.5

@@ -29,7 +29,7 @@ def test_the_default_is_spannorm_as_we_read_the_paper(tiny_config):
 @pytest.mark.parametrize(
     ("tied", "base_init", "multiplier"),
     [
-        *((tied, base, 4.0 if tied else 1.0) for tied in (True, False) for base in ("fan_in", "xavier")),
+        *((tied, base, 4.0 if tied else 1.0) for tied in (True, False) for base in ("fan_in", "xavier", "tiny")),
         *((tied, base, 1.0) for tied in (True, False) for base in ("normal", "normal_cut", "megatron")),
     ],
 )

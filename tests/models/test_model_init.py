@@ -187,3 +187,18 @@ def test_a_sharded_checkpoint_loads_as_a_whole(tiny_config, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert_same(SpanNormForCausalLM.from_pretrained(tmp_path), values(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tiny_init_knows_the_depth_of_the_stack_and_its_receipt_is_clean(tiny_config, tied):
+    model = SpanNormForCausalLM(
+        tiny_config(
+            placement="peri", depth_rule="1/sqrt(L):gain(0.283,0.432)", base_init="tiny", hidden_size=64,
+            tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    assert not model.init_receipt().mismatches, model.init_receipt()
+    plan, sigma = model.init_plan(), (2 * 64 * 3) ** -0.5  # three blocks
+    assert plan["model.layers.1.self_attn.q_proj.weight"].std == pytest.approx(sigma)
+    assert plan["model.layers.1.mlp.down_proj.weight"].std == pytest.approx(sigma)
+    assert model.model.layers[1].placement.ffn_output_norm.weight[0].item() == pytest.approx(0.432 / 3**0.5)

@@ -115,13 +115,15 @@ def silent_at_start(placement: str, rule: str, name: str) -> bool:
     does, its norm and its gain included, reaches the block's output through the FFN branch alone: only the FFN's gain
     and the norm behind it are felt.
     """
+    if any(part in name for part in FACTS[placement].silent):
+        return True
     if rule != "rezero" or "layers" not in name:
         return False
     gains = ("ffn_scale",) if placement == "span" else ("attn_scale", "ffn_scale")
-    norms = FACTS[placement].stream_norms
+    on_stream = FACTS[placement].on_stream
     if placement == "hybrid_star" and "layers.0." in name:
-        norms = ()  # PreNorm's block
-    return not name.endswith((*gains, *(f"placement.{norm}.weight" for norm in norms)))
+        on_stream = ()  # PreNorm's block
+    return not name.removesuffix(".weight").endswith(gains) and not any(f"placement.{own}" in name for own in on_stream)
 
 
 @pytest.mark.parametrize(("placement", "rule"), ARMS)
@@ -203,7 +205,8 @@ def test_the_norms_at_the_ends_are_there_if_the_placement_says_so(tiny_config, p
     model = SpanNormModel(tiny_config(placement=placement, norm=norm, rms_norm_eps=1e-4, **options))
     leaves = ("weight", "bias") if norm == "layernorm" else ("weight",)
     expected = {f"norm.{leaf}" for leaf in leaves if placement not in NO_FINAL_NORM}
-    expected |= {f"layers.0.embedding_norm.{leaf}" for leaf in leaves if initial_norm == "embedding"}
+    normed = FACTS[placement].embedding_norm or initial_norm == "embedding"
+    expected |= {f"layers.0.embedding_norm.{leaf}" for leaf in leaves if normed}
     ends = {name for name in model.state_dict() if name.startswith("norm.") or "embedding_norm" in name}
     assert ends == expected
     assert all(m.eps == 1e-4 for m in (model.norm, model.layers[0].embedding_norm) if isinstance(m, Norm))

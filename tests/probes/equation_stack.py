@@ -40,6 +40,11 @@ class OpenCase(Case):
         self.change: dict[str, Change] = {}
         self.reads: dict[str, Tensor] = {}
         self.returns: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def sum(self, which: str, skip: Tensor, f: Tensor) -> Tensor:
+        self.sums[which] = skip, f
+        return super().sum(which, skip, f)
 
     def A(self, x: Tensor) -> Tensor:
         self.returns["attn"] = super().A(x)

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from arms import SEVERAL_STREAMS
-from equation_stack import DEPTH, RULES, Block, EquationStack, rms, summed
-from facts import EPS, WIDTH
+from equation_stack import BATCH, DEPTH, LENGTH, RULES, Block, EquationStack, rms, summed
+from facts import EPS, FACTS, WIDTH
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
@@ -103,17 +102,18 @@ def test_shares_are_what_cutting_the_branch_takes_away(stack: EquationStack) -> 
 
 
 def test_a_skipped_block_hands_on_what_it_was_given(stack: EquationStack) -> None:
-    whole = stack.loss().item()
+    whole, fact = stack.loss().item(), FACTS[stack.name]
     expected = []
     for skipped in range(DEPTH):
         x = stack.x
         for b in range(DEPTH):
             if b != skipped:
                 x = stack.equation(b, x)
-            elif stack.name in SEVERAL_STREAMS and b == 0:
-                x = torch.stack((x, x), dim=2)  # the streams open
-            elif stack.name in SEVERAL_STREAMS and b == DEPTH - 1:
-                x = x[..., 0, :] + stack.cases[b].N(x[..., 1, :], "readout_norm")  # and close
+            elif fact.several and b == 0:  # the streams open
+                n = fact.opens or fact.state(1)[0]
+                x = x.unsqueeze(2).expand(BATCH, LENGTH, n, WIDTH)
+            elif fact.several and b == DEPTH - 1:  # and close
+                x = fact.readout(stack.cases[b], x)
         expected.append(stack.loss_at(x).item() - whole)
     assert block_skip_costs(stack.blocks, stack.loss) == pytest.approx(expected, **close)
     assert block_skip_costs(stack.blocks, stack.loss, blocks=[2, 0]) == pytest.approx([expected[2], expected[0]])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from arms import SEVERAL_STREAMS
 from equation_stack import BATCH, DEPTH, LENGTH, RULES, Block, EquationStack, rms, summed
 from facts import FACTS, WIDTH
 from torch import Tensor, nn
@@ -38,6 +37,9 @@ def skip_and_branch(stack: EquationStack, b: int, x: Tensor, which: str) -> tupl
     """The two parts of a sum: the skip is what is left when the branch returns 0. Attention's sum is there before the
     FFN runs, so the FFN is silenced to read it."""
     site = FACTS[stack.name].sums(b)[which]
+    if site == "sum":
+        stack.equation(b, x)
+        return stack.cases[b].sums[which]
     branch = which.removesuffix("_2")
     later = {"ffn": zero} if branch == "attn" else {}
     total = site_value(stack, b, x, site, **later)
@@ -57,15 +59,17 @@ def test_signal_gradient_and_loss_are_those_of_the_equations(stack: EquationStac
     assert record.loss == pytest.approx(stack.loss_at(points[-1]).item(), **close)
     assert record.signal_rms == pytest.approx([rms(stack.reaching(p)) for p in points], **close)
     assert record.gradient_rms == pytest.approx([7 * rms(summed(g)) for g in gradients], **close)
-    streams = FACTS[stack.name].streams if stack.name in SEVERAL_STREAMS else 0
+    fact = FACTS[stack.name]
+    streams = points[-2].shape[2] if fact.several else 0
     assert len(record.signal_rms_by_stream) == len(record.gradient_rms_by_stream) == streams
-    assert not record.unmatched
+    assert record.unmatched == {branch: list(range(DEPTH)) for branch in fact.unmatched}
     for i in range(streams):
-        inner = slice(1, DEPTH)
-        assert record.signal_rms_by_stream[i][inner] == pytest.approx([rms(p[..., i, :]) for p in points[inner]])
-        assert record.gradient_rms_by_stream[i][inner] == pytest.approx(
-            [7 * rms(g[..., i, :]) for g in gradients[inner]]
-        )
+        there = [point for point in range(1, DEPTH) if i < points[point].shape[2]]
+        both = (record.signal_rms_by_stream, points, 1), (record.gradient_rms_by_stream, gradients, 7)
+        for found, tensors, times in both:
+            wanted = [times * rms(tensors[point][..., i, :]) for point in there]
+            assert [found[i][point] for point in there] == pytest.approx(wanted)
+        assert all(math.isnan(record.signal_rms_by_stream[i][p]) for p in range(1, DEPTH) if p not in there)
         assert math.isnan(record.signal_rms_by_stream[i][0] + record.gradient_rms_by_stream[i][-1])
     assert all(p.grad is None for p in stack.blocks.parameters()), "parameters get no gradient"
 
@@ -91,7 +95,8 @@ def test_sites_branches_and_sums_are_those_of_the_equations(stack: EquationStack
             assert math.isnan(record.variance["ffn_add"][b])
             continue
         for name in FACTS[stack.name].adds:
-            which = name.removesuffix("_add") + ("_2" if stack.name in SEVERAL_STREAMS else "")
+            which = name.removesuffix("_add")
+            which += "_2" if f"{which}_2" in FACTS[stack.name].sums(b) else ""
             total = sum(skip_and_branch(stack, b, x, which)).square().mean().item()
             assert record.variance[name][b] == pytest.approx(total, **close), name
     assert set(record.variance) == norms | set(FACTS[stack.name].adds)

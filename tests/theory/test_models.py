@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import FACTS
 
 from spannorm import theory
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
-from spannorm.placements import PLACEMENTS
 from spannorm.probes import gradient_paths
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "theory.py"))
@@ -35,9 +35,17 @@ def check(name: str, depth: int, seeds: int = 5, **more) -> None:
         assert predicted == pytest.approx(measured, abs=0.1), quantity
 
 
-@pytest.mark.parametrize("name", [*PLACEMENTS, "pre:none", "span:none", "post:1/sqrt(L)", "span:1/sqrt(L):ffn"])
+FOLLOWED = [name for name, fact in FACTS.items() if fact.theory is not None]
+SHORT = [*FOLLOWED[: FOLLOWED.index("keel") + 1], "averaged", "hc", "attnres_block"]
+"""Those that every check runs; the others' operations are among theirs."""
+
+
+@pytest.mark.parametrize("name", [
+    *SHORT, "pre:none", "span:none", "post:1/sqrt(L)", "span:1/sqrt(L):ffn",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FOLLOWED if name not in SHORT),
+])  # fmt: skip
 def test_eight_blocks(name):
-    check(name, 8)
+    check(name, 8, options=dict(FACTS[name.partition(":")[0]].theory))
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -46,9 +54,9 @@ def test_eight_blocks_of_experts(norm_topk_prob):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PLACEMENTS, "pre:none", "span:none", "post:1/sqrt(L)"])
+@pytest.mark.parametrize("name", [*FOLLOWED, "pre:none", "span:none", "post:1/sqrt(L)"])
 def test_thirty_two_blocks(name):
-    check(name, 32)
+    check(name, 32, options=dict(FACTS[name.partition(":")[0]].theory))
 
 
 @pytest.mark.slow

@@ -75,7 +75,11 @@ def test_processes_give_the_losses_and_weights_of_one(
     for arm in arms:
         train(short(recipe, arm, **t), tmp_path / "one" / arm, data=tokens.directory)
         for how in ("ddp", "fsdp"):
-            print(f"{processes} {how:4} {arm:17}", assert_equal_runs(tmp_path / "one" / arm, tmp_path / how / arm))
+            # hyper-connections: dynamic weights that start at 0 behind a gain of 0.01 have gradients near Adam's ε
+            near = assert_equal_runs(
+                tmp_path / "one" / arm, tmp_path / how / arm, 1e-5 if arm.startswith("hc-") else 1e-6
+            )
+            print(f"{processes} {how:4} {arm:19}", near)
 
 
 @pytest.mark.slow

@@ -45,10 +45,10 @@ class SpanNormConfig(LlamaConfig):
             its own way, whatever this says.
         base_init: a name of `spannorm.scaling.BASE_INITS`: `fan_in` (body N(0, 1/fan_in), embedding std 1, head
             d^-1/2), `xavier`, `normal` (`initializer_range`), `normal_cut` (the same, cut at 3σ), `megatron`
-            (N(0, 1/(2.5 d)) cut at 3σ).
+            (N(0, 1/(2.5 d)) cut at 3σ), `small`, `tiny` (N(0, 1/(2 d L)), embedding as in `fan_in`).
         init_seed: seeds every parameter's draw together with its name; `torch.manual_seed` has no say.
         embedding_multiplier: what the embedding is multiplied with on input. None becomes √d for tied embeddings
-            under `fan_in` and `xavier` (whose std is then d^-1/2), and 1 otherwise.
+            under `fan_in`, `xavier` and `tiny` (whose std is then d^-1/2), and 1 otherwise.
         num_experts: experts of each sparse layer; 0 makes every layer dense, and the configuration loses the keys
             below: by them other libraries tell a mixture.
         num_experts_per_tok: k, the experts that a token goes to.
@@ -98,7 +98,7 @@ class SpanNormConfig(LlamaConfig):
         if self.base_init not in BASE_INITS:
             raise unknown("base_init", self.base_init, BASE_INITS)
         if self.embedding_multiplier is None:
-            scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier")
+            scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier", "tiny")
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
         super().__post_init__(**kwargs)
         if not self.num_experts:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spannorm.errors import InputError
 from spannorm.norms import Add, Norm, Scale, build_norm
@@ -181,7 +182,7 @@ class Placement(nn.Module, ABC):
         return self.exit(x) if self.is_last else x
 
     @abstractmethod
-    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> State:
         """The placement's equation."""
 
     def enter(self, x: Stream) -> State:
@@ -202,6 +203,10 @@ class Placement(nn.Module, ABC):
             (batch, seq, hidden), of one stream the stream itself.
         """
         return x
+
+    def unit(self, x: State, dims: int = 1) -> State:
+        """`x` over its RMS, taken over the last `dims` dimensions: a norm without a gain, for what weighs streams."""
+        return F.rms_norm(x, x.shape[-dims:], eps=self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self.own_gains():  # up to 0.1 a gain stood on the placement itself, a number without a dimension

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from spannorm.norms import Norm
+from spannorm.norms import Norm, Scale
 from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.shapes import Stream
 
@@ -95,3 +95,35 @@ class NormFormer(Placement):
         f = self.attn_output_norm(attn(self.attn_norm(x)))
         n, h = self.ffn_norm(x, f, branch=self.attn_scale, return_sum=True)
         return self.add(h, ffn(n), branch=self.ffn_scale)
+
+
+@final
+class AveragedResidual(Placement):
+    """Peri-LN, except that each sum is a running average, so that the stream's variance stays 1.
+
+        x ─┬─ N ─ A ─ N ─ ×√(1/i) ─(+)─┬─ N ─ F ─ N ─ ×√(1/i) ─(+)─ x'
+           └──────── ×√((i−1)/i) ──┘   └──────── ×√((i−1)/i) ──┘
+
+    Equation: per sublayer `x ← √((i−1)/i)·x + √(1/i)·c·N(f(N(x)))`, i = 2, 3, … counts the sums of the whole stack.
+    Ends: a final norm.
+    Init: N(0, 0.02²); the embedding is taken to have unit variance.
+    Source: Transformers' `beam` (Reflection AI 2026); no paper is known to us.
+    Our reading: the base init.
+    """
+
+    final_norm = True
+    output_norms = PeriLN.output_norms
+    attn_output_norm: Norm
+    ffn_output_norm: Norm
+
+    def norms(self) -> tuple[str, ...]:
+        return "attn_norm", "attn_output_norm", "ffn_norm", "ffn_output_norm"
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        f = self.attn_output_norm(attn(self.attn_norm(x)))
+        n, h = self.ffn_norm(x, f, **self._weights(0, self.attn_scale), return_sum=True)
+        return self.add(h, self.ffn_output_norm(ffn(n)), **self._weights(1, self.ffn_scale))
+
+    def _weights(self, sublayer: int, scale: Scale) -> dict[str, Scale]:
+        i = 2.0 * self.layer_idx + 2.0 + sublayer
+        return {"skip": (1.0 - 1.0 / i) ** 0.5, "branch": scale * i**-0.5}

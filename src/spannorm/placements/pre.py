@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any, final
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from spannorm.errors import InputError
+from spannorm.norms import Scale
 from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.placements.post import PostNorm
 from spannorm.scaling import OUTPUTS, DepthRule
@@ -113,3 +118,102 @@ class MixLN(Placement):
         lower = math.floor(Fraction(str(post_fraction)) * num_layers)  # exact: in floats 0.29 · 100 is 28.999…
         kinds = {0: PostNorm if lower else PreNorm, lower: PreNorm}
         return Layout({b: kind for b, kind in kinds.items() if b < num_layers}, embedding_norm=False)
+
+
+@final
+class GPAS(Placement):
+    """PreNorm, except that after each sum the stream is scaled down by a learned gate, and its gradient is not.
+
+        x ─┬─ N ─ A ─(+)─ ×(1−g) ─┬─ N ─ F ─(+)─ ×(1−g) ─ x'        g = silu(γ), seen by the forward pass alone
+           └─────────┘            └─────────┘
+
+    Equation: `h = s(x + c·A(N(x)))`, `x' = s(h + c·F(N(h)))`, s(y) = y − silu(γ)·sg(y), γ a learned scalar per
+    sublayer, sg = stop-gradient.
+    Ends: a final norm.
+    Init: γ = 0, so that the block starts as PreNorm; PreNorm's otherwise.
+    Source: GPAS, arXiv 2506.22049; dandingsky/GPAS.
+    Our reading: the paper puts the same gate on other placements too; this is its Pre + GPAS.
+    """
+
+    default_depth_rule = "1/sqrt(2L)"
+    final_norm = True
+    attn_gate: Tensor
+    ffn_gate: Tensor
+
+    def gains(self) -> dict[str, Tensor]:
+        return {"attn_gate": torch.zeros(()), "ffn_gate": torch.zeros(())}
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        h = self._scaled(self.add(x, attn(self.attn_norm(x)), branch=self.attn_scale), self.attn_gate)
+        return self._scaled(self.add(h, ffn(self.ffn_norm(h)), branch=self.ffn_scale), self.ffn_gate)
+
+    @staticmethod
+    def _scaled(y: Stream, gate: Tensor) -> Stream:
+        return y - F.silu(gate) * y.detach()
+
+
+@final
+class Parallel(Placement):
+    """PreNorm, except that attention and FFN read the same stream, side by side.
+
+        x ─┬─ N ─┬─ A ─(+)─(+)─ x'
+           │     └─ F ──│───┘
+           └────────────┘
+
+    Equation: `x' = x + c·A(N(x)) + c·F(N(x))`; with two norms `x' = x + c·A(N(x)) + c·F(N2(x))`.
+    Ends: a final norm.
+    Init: PreNorm's.
+    Source: GPT-J; GPT-NeoX-20B, arXiv 2204.06745 (two norms); PaLM, arXiv 2204.02311, and Cohere (one norm).
+    Our reading: the depth rule, which counts two branches a block as PreNorm's does.
+
+    Args:
+        norms: 1, or 2 as in GPT-NeoX: one for each sublayer.
+    """
+
+    default_depth_rule = "1/sqrt(2L)"
+    final_norm = True
+
+    @classmethod
+    def layout(cls, num_layers: int, *, norms: int = 1) -> Layout:
+        if norms not in (1, 2):
+            raise InputError(f"parallel's `norms` must be 1 (both sublayers read the same) or 2; got {norms!r}.")
+        return Layout({0: cls}, embedding_norm=False)
+
+    def norms(self) -> tuple[str, ...]:
+        return ("attn_norm", "ffn_norm")[: self.options["norms"]]
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        n = self.attn_norm(x)
+        h = self.add(x, attn(n), branch=self.attn_scale)
+        return self.add(h, ffn(n if self.options["norms"] == 1 else self.ffn_norm(x)), branch=self.ffn_scale)
+
+
+@final
+class ChannelScaling(Placement):
+    """PreNorm, except that skip and branch are scaled and shifted channel by channel before they are added.
+
+        x ─┬─ N ─ A ─ +e ─ ×γ ─(+)─┬─ N ─ F ─ +e ─ ×γ ─(+)─ x'
+           └───── +b ─── ×a ───┘   └───── +b ─── ×a ───┘
+
+    Equation: per sublayer `x ← a⊙(x + b) + γ⊙(c·f(N(x)) + e)`, a, b, γ, e learned vectors.
+    Ends: a final norm. ZAYA also scales and shifts the embedding so, once: that is left to the model.
+    Init: a = γ = 1, b = e = 0, so that the block starts as PreNorm; N(0, 0.02²).
+    Source: ZAYA1 (Zyphra 2025), as Transformers' `zaya` has it.
+    Our reading: no depth rule, as in that code.
+    """
+
+    final_norm = True
+
+    STARTS: ClassVar[dict[str, float]] = {"skip_gain": 1.0, "skip_shift": 0.0, "branch_gain": 1.0, "branch_shift": 0.0}
+
+    def gains(self) -> dict[str, Tensor]:
+        sites = [(f"{site}_{name}", start) for site in ("attn", "ffn") for name, start in self.STARTS.items()]
+        return {name: torch.full((self.hidden_size,), start) for name, start in sites}
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        h = self._added(x, attn(self.attn_norm(x)), "attn", self.attn_scale)
+        return self._added(h, ffn(self.ffn_norm(h)), "ffn", self.ffn_scale)
+
+    def _added(self, x: Stream, f: Stream, site: str, scale: Scale) -> Stream:
+        a, b, gain, e = (getattr(self, f"{site}_{name}") for name in self.STARTS)
+        return self.add(x + b, scale * f + e, skip=a, branch=gain)

@@ -15,11 +15,13 @@ from spannorm.errors import InputError, unknown
 from spannorm.norms import NORMS, Norm, build_norm
 from spannorm.placements.base import Placement, check_output_norms
 from spannorm.placements.hybrid import HybridNorm, HybridNormStar
-from spannorm.placements.output import NormFormer, OLMo2Norm, PeriLN
+from spannorm.placements.hyper import GatedResidual, HyperConnections, ManifoldHyperConnections
+from spannorm.placements.output import AveragedResidual, NormFormer, OLMo2Norm, PeriLN
 from spannorm.placements.post import B2T, DeepNorm, Keel, PostNorm
-from spannorm.placements.pre import LayerNormScaling, MixLN, PreNorm, SubLN
+from spannorm.placements.pre import GPAS, ChannelScaling, LayerNormScaling, MixLN, Parallel, PreNorm, SubLN
+from spannorm.placements.sources import AttentionResiduals, BlockAttentionResiduals
 from spannorm.placements.span import SpanNorm
-from spannorm.placements.streams import ResiDual, SiameseNorm
+from spannorm.placements.streams import MixedInput, ResiDual, SiameseNorm
 from spannorm.scaling import depth_rule as work_out
 
 PLACEMENTS: dict[str, type[Placement]] = {
@@ -39,6 +41,16 @@ PLACEMENTS: dict[str, type[Placement]] = {
     "residual": ResiDual,
     "siamese": SiameseNorm,
     "keel": Keel,
+    "gpas": GPAS,
+    "parallel": Parallel,
+    "averaged": AveragedResidual,
+    "channel": ChannelScaling,
+    "mixed_input": MixedInput,
+    "hc": HyperConnections,
+    "mhc": ManifoldHyperConnections,
+    "gated": GatedResidual,
+    "attnres": AttentionResiduals,
+    "attnres_block": BlockAttentionResiduals,
 }
 """Every name that `build_placement`, the configuration and the recipes take."""
 

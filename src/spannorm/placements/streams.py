@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
+from spannorm.errors import unknown
 from spannorm.norms import Norm, Scale
-from spannorm.placements.base import Placement, Sublayer
+from spannorm.placements.base import Layout, Placement, Sublayer
 from spannorm.shapes import State, Stream
 
 
@@ -103,3 +105,57 @@ class SiameseNorm(Placement):
     def read(self, x: State) -> Stream:
         x, y = x.unbind(-2)
         return x + self._norm("attn_y_norm")(y)
+
+
+@final
+class MixedInput(Placement):
+    """PreNorm, except that before each block the stream is mixed with the embedding.
+
+        x_0 ──── ×λ₀ ───┐
+        x ── ×λ ──────(+)─┬─ N ─ A ─(+)─┬─ N ─ F ─(+)─ x'
+                          └─────────┘   └─────────┘
+
+    Equation: `y = λ·x + λ₀·x_0`, `h = y + c·A(N(y))`, `x' = h + c·F(N(h))`; λ, λ₀ learned scalars of each block, x_0
+    the normalized embedding, which is carried as a second stream.
+    Ends: the embedding is normalized once; a final norm.
+    Init: λ from 1.15 down to 1.05 and λ₀ from 0.20 down to 0.05 over depth; N(0, 0.02²).
+    Source: nanochat and modded-nanogpt, whose blocks are Transformers' `nanochat` (without the λ).
+    Our reading: PreNorm's depth rule. Their norms have no gain.
+
+    Args:
+        start: `nanochat`, or `plain`: λ = 1 and λ₀ = 0, as both projects had it at first.
+    """
+
+    default_depth_rule = "1/sqrt(2L)"
+    final_norm = True
+    stream_lambda: Tensor
+    input_lambda: Tensor
+
+    @classmethod
+    def layout(cls, num_layers: int, *, start: str = "nanochat") -> Layout:
+        if start not in ("nanochat", "plain"):
+            raise unknown("start", start, ["nanochat", "plain"])
+        return Layout({0: cls}, embedding_norm=True)
+
+    def gains(self) -> dict[str, Tensor]:
+        depth = self.layer_idx / max(self.num_layers - 1, 1)
+        plain = self.options["start"] == "plain"
+        starts = (1.0, 0.0) if plain else (1.15 - 0.10 * depth, 0.20 - 0.15 * depth)
+        return {
+            name: torch.tensor(value) for name, value in zip(("stream_lambda", "input_lambda"), starts, strict=True)
+        }
+
+    def enter(self, x: Stream) -> State:
+        return torch.stack((x, x), dim=-2)
+
+    def exit(self, x: Stream) -> State:
+        return x.select(-2, 0).clone()  # FSDP2 wants no view of a model's parts
+
+    def read(self, x: State) -> Stream:
+        x, x_0 = x.unbind(-2)
+        return self.stream_lambda * x + self.input_lambda * x_0
+
+    def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
+        y = self.read(x)
+        n, h = self.ffn_norm(y, attn(self.attn_norm(y)), branch=self.attn_scale, return_sum=True)
+        return torch.stack((self.add(h, ffn(n), branch=self.ffn_scale), x.select(-2, 1)), dim=-2)

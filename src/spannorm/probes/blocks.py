@@ -41,6 +41,7 @@ def find_placements(model: nn.Module) -> dict[str, Any]:
 
 def read_out(last: Any, state: Tensor) -> Tensor:
     """What the stack would hand on if it ended with this state of several streams: the last block's `exit` of it."""
+    state = state.to(next((p.dtype for p in last.parameters()), state.dtype))  # a probe runs without autocast
     shards = {f"last.{n}": p.full_tensor() for n, p in last.named_parameters() if hasattr(p, "full_tensor")}
     leave = nn.Module()
     leave.last, leave.forward = last, last.exit

@@ -34,6 +34,7 @@ class Body:
         eps: the norms' epsilon.
         num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, shared_expert_intermediate_size,
         decoder_sparse_step: as in `spannorm.models.SpanNormConfig`; no experts make a dense model.
+        num_layers: L, which base init `tiny` alone asks for; `predict` fills it in.
     """
 
     hidden_size: int = 256
@@ -58,6 +59,7 @@ class Body:
     norm_topk_prob: bool = True
     shared_expert_intermediate_size: int | None = None
     decoder_sparse_step: int = 1
+    num_layers: int = 1
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -91,7 +93,8 @@ class Body:
     def power(self, role: Role, fan_in: int, fan_out: int, rule: DepthRule | None = None) -> float:
         """A matrix's variance per entry, depth rule included."""
         std = base_std(role, fan_in, fan_out, width=self.hidden_size, base_init=self.base_init,
-                       initializer_range=self.initializer_range, tied=self.tied)  # fmt: skip
+                       initializer_range=self.initializer_range, tied=self.tied,
+                       num_layers=self.num_layers)  # fmt: skip
         cut = BASE_INITS[self.base_init]
         return float((std * (cut_std(cut) if cut else 1.0) * (rule.init.get(role, 1.0) if rule else 1.0)) ** 2)
 

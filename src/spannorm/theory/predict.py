@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -75,7 +75,10 @@ def predict(
         NoRule: an operation of the placement that the theory cannot follow; the message names it.
     """
     stack, given = Stack(placement, num_layers, depth_rule, options), tuple(sorted(options.items()))
-    return _predict(stack.kind, placement, num_layers, str(stack.depth_rule), body or Body(), given)
+    body = body or Body()
+    if body.base_init == "tiny":  # the one base init that knows the depth
+        body = replace(body, num_layers=num_layers)
+    return _predict(stack.kind, placement, num_layers, str(stack.depth_rule), body, given)
 
 
 @cache

@@ -68,6 +68,7 @@ class Walk:
         for name in self.placement.norms():
             norm: Any = self.placement.get_submodule(name)
             norm.__class__, norm.name, norm.walk = _Norm, name, self
+        self.placement.unit = self._unit  # type: ignore[method-assign]
         with torch.no_grad():
             enters = [self._leaf(i) for i in range(self.first_branch)]
             opened = layer_idx > 0 and self.placement.enter(enters[0]).ndim == 4  # block 0 opens the streams itself
@@ -102,9 +103,19 @@ class Walk:
         streams = x.unbind(-2) if x.ndim == 4 else (x,)
         variances = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
         self.sites[name] = float(np.mean([self.body.positions.mean(v) for v in variances]))
-        stds = [torch.from_numpy(np.sqrt(v + self.body.eps))[:, None] for v in variances]
-        normed = [(f.as_subclass(Tensor) / std).as_subclass(Field) for f, std in zip(streams, stds, strict=True)]
+        normed = [self._divided(f, v) for f, v in zip(streams, variances, strict=True)]
         return torch.stack(normed, dim=-2) if x.ndim == 4 else normed[0]
+
+    def _unit(self, x: Any, dims: int = 1) -> Any:
+        """Each of several streams divided by its RMS, or by that of all (`dims` = 2)."""
+        streams = x.unbind(-2)
+        powers = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
+        powers = powers if dims == 1 else [np.mean(powers, axis=0)] * len(powers)
+        return torch.stack([self._divided(f, power) for f, power in zip(streams, powers, strict=True)], dim=-2)
+
+    def _divided(self, x: Any, power: Array) -> Any:
+        std = torch.from_numpy(np.sqrt(power + self.body.eps))[:, None]
+        return (x.as_subclass(Tensor) / std).as_subclass(Field)
 
     def _branch(self, kind: Branch, n: Any) -> Any:
         if any(kind == earlier for earlier, *_ in self.branches):
