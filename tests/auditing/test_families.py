@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spannorm.auditing import audit, audit_target, resolve
+from spannorm.auditing import audit, audit_target, family_fields, resolve
 from spannorm.auditing.families import survey
 from spannorm.auditing.targets import of_model
 from spannorm.errors import InputError
@@ -213,6 +213,45 @@ def test_bad_targets_are_refused_in_words(target, words):
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(InputError, match="no stack of blocks"):
         audit(torch.nn.Linear(4, 4), torch.randn(2, 4))
+
+
+# Rows for rewire ------------------------------------------------------------------------------------------------------
+
+
+def rewired_by_its_audit(name: str) -> bool:
+    """Whether a family computes the same bits after it was rewired to its own placement by a row from its audit."""
+    from spannorm.auditing.targets import made_up_inputs
+    from spannorm.rewiring import FAMILIES, Family, rewire
+
+    target = resolve(name)
+    model = target.model
+    key, before = model.config.model_type, FAMILIES.get(model.config.model_type)
+    FAMILIES[key] = Family(**family_fields(audit_target(target), model))
+    try:
+        inputs = made_up_inputs(model, model.config)
+        with torch.no_grad():
+            wanted = model(**inputs)[0]
+            rewire(model, FAMILIES[key].placement, depth_rule="none", init=False)
+            return torch.equal(model(**inputs)[0], wanted)
+    finally:
+        FAMILIES.pop(key)
+        FAMILIES.update({} if before is None else {key: before})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmo2", "bitnet", "nanochat", "arcee", "exaone", "seed_oss"])
+def test_a_family_is_rewired_by_the_row_that_its_audit_found(name):
+    assert rewired_by_its_audit(name)  # three of these have no row of their own
+
+
+@pytest.mark.slow
+def test_most_families_are_rewired_by_rows_alone():
+    same = 0
+    for name in (found.model_type for found in survey() if found.audit is not None):
+        try:
+            same += rewired_by_its_audit(name)
+        except Exception:  # what cannot be rewired says so, each in its own way
+            continue
+    assert same >= 85
 
 
 # The docs -------------------------------------------------------------------------------------------------------------

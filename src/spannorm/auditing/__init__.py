@@ -2,6 +2,7 @@
 
 from spannorm.auditing.inspection import Audit, StackAudit, audit, audit_target
 from spannorm.auditing.page import show
+from spannorm.auditing.row import family_fields
 from spannorm.auditing.targets import resolve
 
-__all__ = ["Audit", "StackAudit", "audit", "audit_target", "resolve", "show"]
+__all__ = ["Audit", "StackAudit", "audit", "audit_target", "family_fields", "resolve", "show"]

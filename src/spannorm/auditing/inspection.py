@@ -18,7 +18,7 @@ from spannorm.auditing.match import Match, match
 from spannorm.auditing.shrink import depth_of
 from spannorm.auditing.signal import Signal, measure
 from spannorm.auditing.stacks import Stack, find_stacks
-from spannorm.auditing.targets import Target, example_inputs, of_model
+from spannorm.auditing.targets import Target, made_up_inputs, of_model
 from spannorm.auditing.theory import Outlook, outlook
 from spannorm.auditing.trace import run
 from spannorm.auditing.verdict import Sentence, verdict
@@ -107,7 +107,7 @@ class Audit:
         return as_text(self)
 
 
-def audit(model: nn.Module | Any, example: Any = None) -> Audit:
+def audit(model: nn.Module | Any, example_inputs: Any = None) -> Audit:
     """Find out how a model is wired and drawn, by running it.
 
         print(spannorm.audit(model, {"input_ids": ids}))
@@ -116,8 +116,8 @@ def audit(model: nn.Module | Any, example: Any = None) -> Audit:
 
     Args:
         model: any module with a stack of blocks, or a configuration of Transformers, which is built small on CPU.
-        example: what to call it with: a tensor, a tuple of arguments or a dictionary of named ones. None makes up
-            tokens or an image for a model of Transformers. A few tokens are enough: all that is computed is kept.
+        example_inputs: what to call it with: a tensor, a tuple of arguments or a dictionary of named ones. None makes
+            up tokens or an image for a model of Transformers. A few tokens are enough: all that is computed is kept.
 
     Raises:
         InputError: no stack of blocks was found, or there is nothing to call the model with.
@@ -128,20 +128,20 @@ def audit(model: nn.Module | Any, example: Any = None) -> Audit:
         config = model
         small, changed = build_small(config, DEPTHS[0])
         return audit_target(
-            Target(type(config).__name__, small, config, changed, lambda d: build_small(config, d)[0]), example
+            Target(type(config).__name__, small, config, changed, lambda d: build_small(config, d)[0]), example_inputs
         )
-    return audit_target(of_model(model), example)
+    return audit_target(of_model(model), example_inputs)
 
 
-def audit_target(target: Target, example: Any = None) -> Audit:
+def audit_target(target: Target, example_inputs: Any = None) -> Audit:
     """The same for a target of the command line."""
     began, model = time.perf_counter(), target.model
-    args, kwargs = _call(model, getattr(model, "config", None), example)
+    args, kwargs = _call(model, getattr(model, "config", None), example_inputs)
     with torch.random.fork_rng(devices=[]):
         try:
             trace = run(model, args, kwargs)
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            if example is not None:
+            if example_inputs is not None:
                 raise
             words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
@@ -188,16 +188,16 @@ def _with_verdict(found: Audit) -> Audit:
     return replace(found, verdict=tuple(verdict(found)))
 
 
-def _call(model: nn.Module, config: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example is None:
+def _call(model: nn.Module, config: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None:
         if config is None:
             raise InputError(
                 f"give example_inputs for a {type(model).__name__}: a tensor, a tuple of arguments or a dictionary."
             )
-        return (), example_inputs(model, config)
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+        return (), made_up_inputs(model, config)
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
 def _init(

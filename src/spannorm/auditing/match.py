@@ -90,6 +90,16 @@ def _read(
     )
 
 
+def norm_roles(name: str, depth: int) -> list[str]:
+    """The names of a placement's norms, in the order in which its equation names them."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        model = _Plain(Stack(name, depth, "none"))
+        trace = run(model, (torch.arange(10).reshape(2, 5),))
+    block = find_stacks(model, trace)[0].blocks[-1]
+    return [n.rpartition(".")[2] for n in read_block(block, Norms(), types_of(model))[0].norms]
+
+
 def match(blocks: Sequence[BlockWiring], ends: Ends, depth: int) -> Match:
     """Name a wiring, or say in what it differs from the nearest placement.
 

@@ -149,11 +149,11 @@ def _configuration(target: str) -> Any:
         ) from error
 
 
-def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+def made_up_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     """Made-up inputs for a model of Transformers: tokens, or an image; for an encoder–decoder tokens for both.
 
     Raises:
-        InputError: the model says neither; give `example_inputs`.
+        InputError: the model says neither; give `made_up_inputs`.
     """
     main = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(1)
@@ -172,5 +172,5 @@ def example_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
             inputs["use_cache"] = False
         return inputs
     raise InputError(
-        f"{type(model).__name__} does not say what it takes: give example_inputs, a tensor, tuple or dict."
+        f"{type(model).__name__} does not say what it takes: give made_up_inputs, a tensor, tuple or dict."
     )
