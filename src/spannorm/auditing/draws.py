@@ -155,26 +155,28 @@ def _std(tensors: Sequence[Tensor]) -> tuple[float, float, int]:
 
 
 def draw_table(
-    models: Mapping[int, nn.Module],
+    model: nn.Module,
+    at_depths: Mapping[int, nn.Module],
     known: Mapping[str, str],
     fans: Mapping[str, int],
     config: Any,
     width: int,
     base: int,
 ) -> list[Row]:
-    """The std of every matrix at every depth.
+    """The std of every matrix, and how it changes with depth.
 
     Args:
-        models: number of blocks → model; those beside `base` are read for their std alone.
-        known: parameter name → role, in the model of depth `base`.
+        model: the model that was traced.
+        at_depths: number of blocks → model of one width, which tell what changes with depth.
+        known: parameter name → role.
         fans: parameter name → fan-in, the same.
         config: for `initializer_range`; may be None.
         width: of the stream.
-        base: the depth whose model was traced.
+        base: number of blocks of the model that was traced.
     """
-    by_depth = {depth: _pooled(model.named_parameters()) for depth, model in models.items()}
+    by_depth = {depth: _pooled(other.named_parameters()) for depth, other in at_depths.items()}
     rows = []
-    for name, tensors in by_depth[base].items():
+    for name, tensors in _pooled(model.named_parameters()).items():
         mean, std, n = _std([t for _, t in tensors])
         role = next((known[full] for full, _ in tensors if full in known), "")
         shape = tuple(tensors[0][1].shape)

@@ -211,20 +211,21 @@ def _init(
     for writer in writers:
         known |= roles(writer.branches.values(), ends, norms, trace, width)
     base = len({b.path for b in stack.blocks})
-    models: dict[int, nn.Module] = {base: model}
-    if target.build is not None and target.shrunk:
-        for depth in DEPTHS:
-            try:
-                other = target.build(depth) if depth != base else model
-            except InputError:  # a configuration that allows one depth only
-                continue
-            if _same_size(model, other, stack.path) == (depth == base):
-                models[depth] = other
+    built: dict[int, nn.Module] = {base: model} if target.shrunk or target.build is None else {}
+    build = target.build
+    for depth in DEPTHS if build is not None else ():
+        try:
+            if build is not None and depth not in built:
+                built[depth] = build(depth)
+        except InputError:  # a configuration that allows one depth only
+            continue
+    sizes = [_size(other, stack.path) for other in built.values()]
+    if not built or len(set(sizes)) < len(sizes):  # the depth is not where the configuration says
+        built = {base: model}
     config = getattr(model, "config", None)
-    return tuple(draw_table(models, known, fan_ins(trace), config, width, base))
+    return tuple(draw_table(model, built, known, fan_ins(trace), config, width, base))
 
 
-def _same_size(model: nn.Module, other: nn.Module, path: str) -> bool:
-    """Whether two models have equally many blocks."""
-    count = len({n for n, _ in model.named_modules() if n.rpartition(".")[0].startswith(path)})
-    return count == len({n for n, _ in other.named_modules() if n.rpartition(".")[0].startswith(path)})
+def _size(model: nn.Module, path: str) -> int:
+    """Modules in a stack: more of them in a deeper one."""
+    return len({n for n, _ in model.named_modules() if n.startswith(f"{path}.")})

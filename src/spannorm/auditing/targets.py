@@ -124,7 +124,10 @@ def of_model(model: nn.Module, name: str | None = None) -> Target:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            return kind._from_config(shrink(config, depth)[0]).float().eval()  # type: ignore[attr-defined]
+            try:
+                return kind._from_config(shrink(config, depth)[0]).float().eval()  # type: ignore[attr-defined]
+            except Exception as error:  # whatever a stranger's code raises
+                raise InputError(f"{kind.__name__} cannot be built small: {_words(error)}.") from error
 
     return Target(name or kind.__name__, model, config, {}, build)
 
