@@ -2,6 +2,7 @@
 # make test   set everything up and pass the tests
 # make check  lint, types, tests: what CI runs
 # make test-hf  Transformers' own tests on our models: a table and runs/hf/results.json
+# make families  audits every causal-LM family of Transformers: docs/families.md, 2 minutes
 # make bench  ours and its rivals in turns: a table and runs/bench.json
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-hf check lint docs bench clean
+.PHONY: install demo test test-slow test-hf check lint docs families bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ lint: install
 
 docs: install
 	$(BIN)/python -c 'from spannorm.catalog import markdown; print(markdown(), end="")' > docs/placements.md
+
+families: install
+	$(BIN)/python -m spannorm.auditing.families > docs/families.md
 
 bench: install
 	mkdir -p runs

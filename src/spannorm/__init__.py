@@ -1,7 +1,8 @@
 """spannorm: decide where the norms of a deep Transformer go.
 
 Names load on first use, so that `import spannorm` is quick. The core (placements, depth rules, init, theory, probes)
-needs PyTorch and NumPy; `rewire`, `load`, `SpanNormConfig` and the models need Transformers. `import spannorm.models`
+needs PyTorch and NumPy; `rewire`, `load`, `SpanNormConfig` and the models need Transformers; `audit`
+needs it for a configuration only. `import spannorm.models`
 registers the models with the Auto classes.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spannorm import probes as probes
     from spannorm import theory as theory
+    from spannorm.auditing import audit
     from spannorm.block import Block
     from spannorm.errors import InputError
     from spannorm.init import init_plan, init_receipt, init_weights_, parameter_groups
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "auditing": ("audit",),
     "block": ("Block",),
     "errors": ("InputError",),
     "init": ("init_plan", "init_receipt", "init_weights_", "parameter_groups"),
@@ -69,6 +72,7 @@ __all__ = [
     "SpanNormForCausalLM",
     "SpanNormModel",
     "Stack",
+    "audit",
     "build_placement",
     "depth_rule",
     "depth_rule_names",

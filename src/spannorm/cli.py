@@ -249,6 +249,31 @@ def theory(
     show(chosen, theory_of(chosen), json_file, plot)
 
 
+@app.command()
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A folder with config.json, a family such as llama, a Hub name such as Qwen/Qwen3-8B (its "
+            "configuration alone is downloaded), or module:function, which returns a model.",
+        ),
+    ],
+    json_file: JsonFile = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when something is off: for a CI.")] = False,
+) -> None:
+    """Find out how a model is really wired and drawn, from a small one that is run on CPU, and say what is off."""
+    from spannorm.auditing import audit_target, resolve, show
+    from spannorm.files import write_json
+
+    found = audit_target(resolve(target))
+    show(found)
+    if json_file:
+        write_json(json_file, found.to_dict())
+    if strict and not found.ok:
+        sys.exit(1)
+
+
 @app.command(name="depth-check")
 def depth_check(
     recipe: Sizes = None,
