@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM, SpanNormModel
-from spannorm.rewiring.loading import BornRewired
+from spannorm.rewiring.loading import BornRewired, config_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -49,8 +49,7 @@ class Rewired(BornRewired):
         path = kwargs.pop("pretrained_model_name_or_path", path)
         if path is not None and "config" not in kwargs:
             saved = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-            kwargs["config"] = AutoConfig.for_model(saved["family"], **saved["config"])
-            kwargs["config"].rewiring = saved["rewiring"]
+            kwargs["config"] = config_of(saved)
         return super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -332,3 +332,17 @@ def test_the_trainer_trains_saves_and_resumes_it(tmp_path: Path):
     assert same_weights(straight.model, resumed.model)
     saved = spannorm.load(tmp_path / "checkpoint-6")
     assert same_weights(saved, resumed.model)
+
+
+def test_models_of_one_configuration_are_rewired_each_for_itself(tmp_path):
+    config = tiny_config_of("llama")
+    models = {name: LlamaForCausalLM(config) for name in ("span", "post", "pre")}
+    for name in ("span", "post"):
+        spannorm.rewire(models[name], name)
+    assert not hasattr(config, "rewiring") and models["pre"].config is config
+    for name in ("span", "post"):
+        assert models[name].model.layers[0].self_attn.config is models[name].config
+        models[name].save_pretrained(tmp_path / name)
+        again = spannorm.load(tmp_path / name)
+        assert again.config.rewiring["placement"] == name
+        assert torch.equal(again.eval()(IDS).logits, models[name].eval()(IDS).logits)

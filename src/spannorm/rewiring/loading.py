@@ -46,7 +46,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise InputError(f"{path} holds a {name!r}, which this version of Transformers does not have.")
-    config = _config_of(saved)
+    config = config_of(saved)
     kwargs["key_mapping"] = renamed = {**_renamed(family_of(saved["family"])), **(kwargs.get("key_mapping") or {})}
     model, info = adopted_class(cls, BornRewired).from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
@@ -60,7 +60,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def _config_of(saved: dict[str, Any]) -> Any:
+def config_of(saved: dict[str, Any]) -> Any:
     """The family's configuration, with `rewiring`, from what `config.json` says."""
     keys = saved.get("config", saved)  # up to 0.1 the family's keys stood one level down
     ours = ("model_type", "family", "rewiring", "transformers_weights", "auto_map")
@@ -88,7 +88,7 @@ class RewiredAuto:
             return load(path, **kwargs)
         both = kwargs.pop("return_unused_kwargs", False)
         saved, unused = PreTrainedConfig.get_config_dict(path, **kwargs)
-        found = _config_of(saved)
+        found = config_of(saved)
         # by these Transformers comes back here for the model, and refuses the family's class
         found.auto_map, found.transformers_weights = saved["auto_map"], saved["transformers_weights"]
         return (found, unused) if both else found

@@ -126,9 +126,7 @@ def rewire(
     changed = bool(added or dropped) or not stack.final_norm
     notes = _notes(model, row, layers[-1], stack, own_inner, init, loaded, changed)
 
-    model.config.rewiring = {"placement": placement, "depth_rule": stack.depth_rule, "options": options}
-    if not isinstance(model.config, RewiredConfig):
-        adopt(model.config, RewiredConfig)
+    _say(model, {"placement": placement, "depth_rule": stack.depth_rule, "options": options})
     model.parameter_roles = parameter_roles(model, row)
     set_unit_gain(model, row.unit_gain)
     weights = rescale_(model) if init == "rescale" else redraw_(model, seed) if init == "redraw" else []
@@ -145,6 +143,20 @@ def rewire(
         weights=tuple(weights),
         notes=tuple(notes),
     )
+
+
+def _say(model: Any, rewiring: dict[str, Any]) -> None:
+    """Write into the model's configuration how it was rewired: into a copy, for other models may share it."""
+    old = model.config
+    if getattr(old, "rewiring", None) == rewiring:
+        return
+    new: Any = copy.deepcopy(old)
+    if not isinstance(new, RewiredConfig):
+        adopt(new, RewiredConfig)
+    new.rewiring = rewiring
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
 
 
 def _is_meta(model: nn.Module) -> bool:
