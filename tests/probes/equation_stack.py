@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from equations import own_parameters
 from facts import EPS, EQUATIONS, FACTS, WIDTH, Case
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ class EquationStack:
             warnings.simplefilter("ignore")
             placement = build_placement(self.name, **sizes, depth_rule=rule, norm=case.norm, eps=EPS).double()
         with torch.no_grad():
-            for name, parameter in placement.named_parameters():
+            for name, parameter in own_parameters(placement).items():
                 parameter.copy_(case.leaf(name, *parameter.shape))
         return Block(placement, Case.A.__get__(case), Case.F.__get__(case))
 

@@ -54,6 +54,10 @@ class Gains(nn.Module):
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.clone()))
 
+    def forward(self, name: str) -> nn.Parameter | None:
+        """One of them: by a call, so that whoever keeps weights elsewhere (offload, ZeRO-3) brings them first."""
+        return self._parameters[name]
+
 
 class Placement(nn.Module, ABC):
     """The norms, skips, branch factors and learned parameters of one block.
@@ -156,7 +160,7 @@ class Placement(nn.Module, ABC):
 
     def __getattr__(self, name: str) -> Any:
         gains = self.__dict__.get("_modules", {}).get("gains_norm")
-        return gains._parameters[name] if gains is not None and name in gains._parameters else super().__getattr__(name)
+        return gains(name) if gains is not None and name in gains._parameters else super().__getattr__(name)
 
     def projections(self) -> dict[str, Projection]:
         """The matrices that the method owns, by name; they have the role `projection`."""

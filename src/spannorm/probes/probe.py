@@ -65,7 +65,7 @@ class Probe(AbstractContextManager["Probe"]):
         for b, placement in enumerate(self.placements):
             self._replace(placement, "block", self._watched_block(b, placement))
             for name, site in placement.named_children():
-                if not isinstance(site, nn.Identity):
+                if not isinstance(site, nn.Identity) and name != "gains_norm":  # which holds parameters and no sum
                     self._replace(site, "forward", self._watched_site(b, name, site))
         return self
 
