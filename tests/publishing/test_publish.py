@@ -211,6 +211,10 @@ def test_what_cannot_be_published_is_refused_and_nothing_is_overwritten(tiny_con
         with pytest.raises(InputError, match="holds something else than a published model"):
             publish(tmp_path / "body", str(taken))
         assert {p.name: p.read_bytes() for p in taken.iterdir()} == before
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else than a published model"):
+        publish(tmp_path / "body", str(tmp_path / "note.txt"))
+    assert (tmp_path / "note.txt").read_text() == "mine"
     assert "AutoModel.from_pretrained" in (Path(publish(tmp_path / "body")) / "README.md").read_text()
 
 

@@ -17,6 +17,13 @@ from spannorm.lab.panels import INK, STYLE, WIDTH, numbers, plain_log, smooth
 from spannorm.models import SpanNormConfig
 
 CURVES, RECEIPT = "curves.png", "init_receipt.txt"
+_TASKS = {
+    "SpanNormForCausalLM": "text-generation",
+    "SpanNormForSequenceClassification": "text-classification",
+    "SpanNormForTokenClassification": "token-classification",
+    "SpanNormModel": "feature-extraction",
+}
+"""Architecture → the Hub's name for what it does."""
 _SMALL = 100_000_000
 """Parameters below which a card says that the model is small."""
 
@@ -42,7 +49,7 @@ class Facts:
 
 def model_card(facts: Facts) -> str:
     """README.md, with the front matter that the Hub reads."""
-    parts = [_front(), _what(facts), _load(facts), _tokens(facts), _result(facts), _training(facts), _init(facts)]
+    parts = [_front(facts), _what(facts), _load(facts), _tokens(facts), _result(facts), _training(facts), _init(facts)]
     return "\n\n".join([*parts, _limits(facts)]) + "\n"
 
 
@@ -69,11 +76,11 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _front() -> str:
+def _front(f: Facts) -> str:
     front = {
         "license": "apache-2.0",
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _TASKS[f.architecture],
         "tags": ["spannorm", "custom_code"],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
@@ -87,8 +94,8 @@ def _what(f: Facts) -> str:
     equation, source = (f" {key}: {about.fields[key]}" if key in about.fields else "" for key in ("Equation", "Source"))
     lines = [
         f"# {f.name}",
-        f"A causal language model with {f.parameters:,} parameters: {c.num_hidden_layers} blocks of width "
-        f"{c.hidden_size}, {c.num_attention_heads} heads, {c.vocab_size} tokens, context "
+        f"A decoder for {_TASKS[f.architecture]} with {f.parameters:,} parameters: {c.num_hidden_layers} blocks of "
+        f"width {c.hidden_size}, {c.num_attention_heads} heads, {c.vocab_size} tokens, context "
         f"{c.max_position_embeddings}{experts}.",
         f"Its norms go where `{c.placement}` puts them, with depth rule `{c.depth_rule}`, base init `{c.base_init}` "
         f"and {c.norm}. {about.summary}{equation}{source}",
@@ -97,7 +104,7 @@ def _what(f: Facts) -> str:
 
 
 def _load(f: Facts) -> str:
-    auto = "AutoModel" if f.architecture == "SpanNormModel" else "AutoModelForCausalLM"
+    auto = "AutoModel" + f.architecture.removeprefix("SpanNorm").removeprefix("Model")
     code = f"""from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("FOLDER_OR_NAME", trust_remote_code=True)"""
@@ -177,7 +184,7 @@ def _limits(f: Facts) -> str:
         trained = f"It was trained on sequences of {f.run['recipe']['train']['sequence_length']} tokens."
     lines = [
         f"{trained} Beyond that nothing is known.",
-        "It continues text. It was not tuned to follow instructions, and nothing was done about bias, private data or "
+        "It was not tuned to follow instructions, and nothing was done about bias, private data or "
         "falsehoods in what it was trained on.",
         "What is held by tests: that `modeling_spannorm.py` computes what spannorm computes, on a CPU in fp32. "
         "Flash attention, bf16 and inference engines were not tested with this folder.",

@@ -29,7 +29,7 @@ from spannorm.publishing.card import CURVES, RECEIPT, Facts, draw_curves, model_
 from spannorm.rewiring.configuration import MODEL_TYPE as REWIRED
 from spannorm.train.evaluation import RUN, model_folder
 from spannorm.train.recorder import RECORDS
-from spannorm.train.run import RESULT
+from spannorm.train.run import RESULT, quiet
 from spannorm.train.tokenizer import is_bytes
 
 PUBLISHED = "published.json"
@@ -56,20 +56,22 @@ def publish(directory: Path, to: str | None = None, *, private: bool = True) -> 
         with tempfile.TemporaryDirectory() as temporary:
             _fill(Path(temporary), directory, name.rpartition("/")[2])
             return _upload(Path(temporary), name, private)
-    out = Path(to) if to is not None else directory / "published"
-    if out.is_dir() and any(out.iterdir()) and not (out / PUBLISHED).is_file():
+    out = Path(os.path.abspath(to or directory / "published"))
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not (out / PUBLISHED).is_file():
         raise InputError(f"{out} holds something else than a published model: choose another folder with --to.")
     make_folder(out.parent)
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
         with writing_to(out.parent):
             new.mkdir()
-            name = directory.absolute().name if to is None else out.absolute().name
-            _fill(new, directory, name)
+            _fill(new, directory, directory.absolute().name if to is None else out.name)
             if out.exists():
                 out.rename(old)
             new.rename(out)
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         for folder in (new, old):
             shutil.rmtree(folder, ignore_errors=True)
     return str(out)
@@ -79,6 +81,7 @@ def _fill(out: Path, directory: Path, name: str) -> None:
     """Write everything into an empty folder."""
     path = model_folder(directory)
     kind = _class_of(path)
+    quiet()
     model = kind.from_pretrained(path)
     config = model.config
     code = model_file(config.placement)
