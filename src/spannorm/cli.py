@@ -168,6 +168,23 @@ def evaluate(
 
 
 @app.command()
+def publish(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a saved model's.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FOLDER|hub:OWNER/NAME", help="Default DIR/published. Only hub: uploads."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="On the Hub: public; default private.")] = False,
+    imports: Imports = None,
+) -> None:
+    """Make a folder that Transformers loads without spannorm: one modeling file, weights, tokenizer, model card."""
+    from spannorm.publishing.publish import publish
+
+    run_files(imports)
+    typer.echo(publish(directory, to, private=not public))
+
+
+@app.command()
 def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> None:
     """Prepare a recipe's tokens, for `train --data`."""
     from spannorm.train.data import prepare_data

@@ -74,13 +74,8 @@ def add_norm(
     """
     if f is None and return_sum:
         return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
-    if f is not None and f.shape != x.shape:
-        raise InputError(f"skip and branch must have one shape; they have {tuple(x.shape)} and {tuple(f.shape)}.")
-    if not x.is_floating_point():
-        raise InputError(f"a norm takes floating-point tensors; got {x.dtype}: convert it first.")
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if transformed or torch.compiler.is_exporting():
-        # PyTorch's own operations, which know vmap and forward mode, and which exporters such as ONNX's know
+    reference.check(x, f)
+    if reference.traced():
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference=True)
     if _choice == "reference" or not _takes(x, f):
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)

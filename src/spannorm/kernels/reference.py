@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spannorm.errors import InputError
+
 
 def tiny_gain(dtype: torch.dtype) -> float:
     """The gain that stands in for one nearer to zero, so that y / w tells the normalized value at any gain.
@@ -107,6 +109,20 @@ class _AddRMSNorm(torch.autograd.Function):
             return (None,) * 7
         dx, df = (ds if c == 1.0 else c * ds for c in (skip, branch))
         return dx.to(x_type), None if f_type is None else df.to(f_type), dw, None, None, None, None
+
+
+def check(x: Tensor, f: Tensor | None) -> None:
+    """Refuse what no kernel adds and normalizes."""
+    if f is not None and f.shape != x.shape:
+        raise InputError(f"skip and branch must have one shape; they have {tuple(x.shape)} and {tuple(f.shape)}.")
+    if not x.is_floating_point():
+        raise InputError(f"a norm takes floating-point tensors; got {x.dtype}: convert it first.")
+
+
+def traced() -> bool:
+    """Whether PyTorch's own operations alone will do, which vmap, forward mode and exporters such as ONNX's know."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return transformed or torch.compiler.is_exporting()
 
 
 def add_norm(

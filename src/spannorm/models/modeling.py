@@ -166,7 +166,7 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     @property
     def keeps_unknown_parameters(self) -> bool:
         """Whether parameters without a role keep what their own modules draw: in a class of somebody's own."""
-        return not type(self).__module__.startswith("spannorm.")
+        return type(self).__module__ != __name__
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

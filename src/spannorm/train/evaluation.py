@@ -72,7 +72,7 @@ def evaluate_folder(
 
     check_installed()
     names = task_names(names)
-    path = _model_folder(folder)
+    path = model_folder(folder)
     tokens = _tokens(folder, data) if any(name in LOCAL for name in names) else None
     with quiet():
         tokenizer = _tokenizer(path)
@@ -101,7 +101,8 @@ def evaluate_folder(
     return results
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
+    """Where the model is: of a run's folder its `model`, and of any other the folder itself."""
     if (folder / RUN).is_file():
         if not (folder / "model" / "config.json").is_file():
             raise InputError(f"the run in {folder} has no model yet: it is not finished, or it diverged.")

@@ -58,7 +58,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
 
     Text that spells a special token, such as `<|endoftext|>`, stays text.
     """
-    if _is_bytes(tokenizer):
+    if is_bytes(tokenizer):
         for text in documents:
             yield np.frombuffer(text.encode(), np.uint8)
         return
@@ -93,7 +93,8 @@ def _byte_ids() -> dict[str, int]:
     return {chr(byte) if byte in printing else next(others): byte for byte in range(256)}
 
 
-def _is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
+def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether it is `bytes`: the id of a token is the value of its byte."""
     return len(tokenizer) == 257 and tokenizer.get_vocab() == _byte_ids() | {END_OF_DOCUMENT: 256}
 
 

@@ -1,0 +1,32 @@
+"""Add-and-norm where Triton's kernels are not looked for: what a published model's one file takes for the dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spannorm.kernels import reference
+
+
+def add_norm(
+    x: Tensor,
+    f: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    skip: float = 1.0,
+    branch: float = 1.0,
+    return_sum: bool = False,
+    inference: bool = False,
+) -> Any:
+    """`N(skip·x + branch·f)`, or `N(x)` without f; with `return_sum` the pair (normed, sum).
+
+    N is RMSNorm, or LayerNorm where there is a bias. Half precision is summed in fp32.
+    """
+    if f is None and return_sum:
+        return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
+    reference.check(x, f)
+    inference = inference or reference.traced()
+    return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)
