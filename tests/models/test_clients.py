@@ -180,9 +180,7 @@ def test_a_dense_configuration_has_no_key_of_mixtures_and_a_mixture_has_all_that
     for key in ("output_router_logits", "router_aux_loss_coef", "num_experts_per_tok"):
         assert not hasattr(dense, key) and key not in dense.to_dict()
         assert hasattr(mixture, key)
-    assert SpanNormConfig.from_dict(dense.to_dict()).to_dict() == {**dense.to_dict(), "transformers_version": None} or (
-        SpanNormConfig.from_dict(dense.to_dict()).to_dict().keys() == dense.to_dict().keys()
-    )
+    assert SpanNormConfig.from_dict(dense.to_dict()).to_dict() == dense.to_dict()
     assert dense == tiny_config() != mixture == tiny_config(**EXPERTS) != tiny_config(**EXPERTS, num_experts_per_tok=1,
                                                                                       norm_topk_prob=False)  # fmt: skip
     old = {**dense.to_dict(), "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}  # as 0.1 saved them
@@ -263,7 +261,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 root = sys.argv[1]
 for name in ("ours", "rewired"):
     model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}", trust_remote_code=True)
-    assert torch.equal(model(torch.arange(9)[None]).logits, torch.load(f"{root}/{name}.pt")), name
+    torch.testing.assert_close(model(torch.arange(9)[None]).logits, torch.load(f"{root}/{name}.pt"), msg=name)
     model = None
 assert LlamaConfig.from_pretrained(f"{root}/rewired").vocab_size == 37  # as PEFT reads it
 try:
@@ -301,9 +299,8 @@ def test_lora_on_a_reloaded_rewired_model_is_saved_and_comes_back(tmp_path: Path
     model = get_peft_model(spannorm.load(tmp_path / "base"), LoraConfig(init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path / "lora")
     again = PeftModel.from_pretrained(spannorm.load(tmp_path / "base"), tmp_path / "lora")
-    assert torch.equal(again(ids(1, 5)).logits.isfinite(), torch.ones(1, 5, 37, dtype=torch.bool))
     x = ids()
-    assert torch.equal(again(x).logits, model(x).logits)
+    torch.testing.assert_close(again(x).logits, model(x).logits)
 
 
 class WithValueHead(SpanNormForCausalLM):
@@ -346,7 +343,7 @@ def test_classification_heads_read_the_decoder(tiny_config: Any, tmp_path: Path,
         hidden = hidden + (0 if model.score.bias is None else model.score.bias)
         torch.testing.assert_close(model(x).logits, hidden, rtol=1e-4, atol=1e-5)
         model.save_pretrained(tmp_path)
-        assert torch.equal(auto.from_pretrained(tmp_path)(x).logits, model(x).logits)
+        torch.testing.assert_close(auto.from_pretrained(tmp_path)(x).logits, model(x).logits)
 
 
 def test_a_mask_of_four_dimensions_says_which_tokens_the_routers_are_balanced_over(tiny_config: Any) -> None:

@@ -54,7 +54,7 @@ class Gains(nn.Module):
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.clone()))
 
-    def forward(self, name: str) -> nn.Parameter | None:
+    def forward(self, name: str) -> Tensor | None:
         """One of them: by a call, so that whoever keeps weights elsewhere (offload, ZeRO-3) brings them first."""
         return self._parameters[name]
 
