@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.models import SpanNormConfig
+from spannorm.models.modeling import RENAMED
 from spannorm.train.processes import is_first, wait_for_all
 
 logger = logging.getLogger("spannorm")
@@ -117,7 +121,7 @@ def check_config(checkpoint: Path, config: SpanNormConfig) -> None:
     """Refuse a checkpoint whose model is another than `config` describes.
 
     Raises:
-        InputError: names every key that differs, with both values.
+        InputError: names every key that differs, with both values; or the parameters have the names of 0.1.
     """
     there = SpanNormConfig.from_pretrained(checkpoint).to_dict()
     differs = [
@@ -129,3 +133,11 @@ def check_config(checkpoint: Path, config: SpanNormConfig) -> None:
         raise InputError(
             f"{checkpoint} holds another model than the recipe's: {'; '.join(differs)}. Choose another --out folder."
         )
+    if (weights := checkpoint / SAFE_WEIGHTS_NAME).exists():
+        with safe_open(weights, "pt") as file:
+            old = [name for name in file.keys() if any(re.search(pattern, name) for pattern in RENAMED)]  # noqa: SIM118
+        if old:
+            raise InputError(
+                f"{checkpoint} was written by spannorm 0.1, which had other names for some parameters ({old[0]}): its "
+                "optimizer state does not fit. Take the weights with spannorm.load, and begin a new run."
+            )
