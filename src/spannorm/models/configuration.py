@@ -184,6 +184,11 @@ class SpanNormConfig(LlamaConfig):
         return self.num_experts > 0 and (layer_idx + 1) % self.decoder_sparse_step == 0
 
     @property
+    def num_hidden_states(self) -> int:
+        """How many `output_hidden_states` gives."""
+        return self.num_hidden_layers + 1
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism splits the body. What a norm over the whole width reads is gathered first."""
         inner, mlp = dict(self.stack.inner_norms), "layers.*.mlp"

@@ -92,6 +92,12 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.embed_scale
 
 
+def _recorder() -> OutputRecorder:
+    recorder = OutputRecorder(HiddenState, capture_initial_hidden_state=False)
+    recorder.num_hidden_layers_key = "num_hidden_states"  # how many there are, for indices from the end
+    return recorder
+
+
 class SpanNormPreTrainedModel(PreTrainedModel):
     config: SpanNormConfig
     config_class = SpanNormConfig
@@ -106,7 +112,7 @@ class SpanNormPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_set_experts_implementation_cached_value = True  # else Transformers looks for a decorator in this file
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": OutputRecorder(HiddenState, capture_initial_hidden_state=False),
+        "hidden_states": _recorder(),
         "streams": OutputRecorder(SpanNormDecoderLayer),
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(TopKRouter, index=0),
@@ -121,7 +127,8 @@ class SpanNormPreTrainedModel(PreTrainedModel):
         kwargs["key_mapping"] = {**RENAMED, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # save_pretrained would give old names back
-        model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in RENAMED]
+        used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
+        model._weight_conversions = [c for c in used if c.source_patterns[0] not in RENAMED]
         other = {name.partition(".mlp.")[0] for name in info["unexpected_keys"] if ".mlp." in name}
         for name in info["missing_keys"]:
             if name.partition(".mlp.")[0] in other:

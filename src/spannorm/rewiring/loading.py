@@ -52,7 +52,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
     )
     # save_pretrained would give old names back
-    model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in renamed]
+    used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
+    model._weight_conversions = [c for c in used if c.source_patterns[0] not in renamed]
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise InputError(f"the weights in {path} do not fit the model its config.json describes: {', '.join(wrong)}.")
