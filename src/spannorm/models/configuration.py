@@ -201,7 +201,10 @@ class SpanNormConfig(LlamaConfig):
             plan |= {f"layers.*.self_attn.{role}_norm": _SHARED_GAIN for role in inner if role in "qkv"}
         gathered = "ffn_down" in inner
         columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
-        for ffn in [mlp, f"{mlp}.shared_expert"] if self.num_experts else [mlp]:
+        ffns = [mlp] if not all(map(self.is_sparse, range(self.num_hidden_layers))) else []
+        if self.num_experts and self.shared_expert_intermediate_size is not None:
+            ffns.append(f"{mlp}.shared_expert")
+        for ffn in ffns:
             plan |= {f"{ffn}.gate_proj": columns, f"{ffn}.up_proj": columns, f"{ffn}.down_proj": rows}
         if self.num_experts and not gathered:
             plan |= {key: how for key, how in Qwen3MoeConfig.base_model_tp_plan.items() if ".experts" in key}
