@@ -1,6 +1,7 @@
 # make demo   set everything up and run the comparison; ends in a table and a report
 # make test   set everything up and pass the tests
 # make check  lint, types, tests: what CI runs
+# make test-gpu  what only a GPU shows, where there is one
 # make test-hf  Transformers' own tests on our models: a table and runs/hf/results.json
 # make families  audits every causal-LM family of Transformers: docs/families.md, 2 minutes
 # make bench  ours and its rivals in turns: a table and runs/bench.json
@@ -16,7 +17,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-hf check lint docs families bench clean
+.PHONY: install demo test test-slow test-gpu test-hf check lint docs families bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +39,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: install
+	$(BIN)/python -m pytest -m "gpu or not slow" tests/test_gpu.py tests/kernels/test_add_norm.py
 
 test-hf: install
 	$(BIN)/python tests_hf/run.py --json runs/hf/results.json

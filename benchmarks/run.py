@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ SIZES: dict[str, int] = (
     if GPU
     else {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
 )
-DEPTH, BATCH, LENGTH = (24, 8, 2048) if GPU else (8, 4, 128)
+NARROW = SIZES | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8} if GPU else SIZES
+DEPTH, BATCH, LENGTH, SHORT = (24, 4, 2048, 2048) if GPU else (8, 4, 128, 64)
 ROWS, WIDTHS = (16384, (1024, 4096, 8192)) if GPU else (512, (64, 1024))
 EPS = 1e-6
 
@@ -55,20 +57,20 @@ def missing(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- contestants
 
 
-def ours(placement: str, depth: int = DEPTH, length: int = LENGTH) -> nn.Module:
+def ours(placement: str, depth: int = DEPTH, length: int = LENGTH, sizes: dict[str, int] = SIZES) -> nn.Module:
     config = SpanNormConfig(
-        placement=placement, num_hidden_layers=depth, max_position_embeddings=length, pad_token_id=None, **SIZES
+        placement=placement, num_hidden_layers=depth, max_position_embeddings=length, pad_token_id=None, **sizes
     )
     return SpanNormForCausalLM(config).to(DEVICE)
 
 
-def llama(depth: int = DEPTH, length: int = LENGTH, liger: bool = False) -> nn.Module:
-    config = LlamaConfig(num_hidden_layers=depth, max_position_embeddings=length, **SIZES)
+def llama(depth: int = DEPTH, length: int = LENGTH, sizes: dict[str, int] = SIZES, liger: bool = False) -> nn.Module:
+    config = LlamaConfig(num_hidden_layers=depth, max_position_embeddings=length, **sizes)
     model = LlamaForCausalLM(config).to(DEVICE)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama(model=model)
+        apply_liger_kernel_to_llama(model=model, rope=False)  # its RoPE would replace everybody's
     return model
 
 
@@ -230,7 +232,7 @@ def trainer(pairs: int) -> Iterator[Result]:
 
 def decoding(pairs: int) -> Iterator[Result]:
     """(5) greedy decoding with the cache."""
-    new, prompt = (128, 64) if GPU else (24, 16)
+    new, prompt = (64, 64) if GPU else (24, 16)
 
     def turn(model: nn.Module) -> Callable[[], float]:
         ids = tokens(1, prompt)
@@ -255,18 +257,12 @@ def probing(pairs: int) -> Iterator[Result]:
 
 
 def growth(pairs: int) -> Iterator[Result]:
-    """(7) with depth and with sequence length."""
-    for depth in (8, 32, 128, 256):
-        ids = tokens(1, 2048 if GPU else 64)
-        models = {"span": ours("span", depth), "pre": ours("pre", depth), "Transformers' Llama": llama(depth)}
-        yield from training(f"(7) step, {depth} blocks, 1 × {ids.shape[1]} tokens", pairs, models, ids)
-    for length in (256, 1024, 8192):
-        models = {
-            "span": ours("span", 4, length),
-            "pre": ours("pre", 4, length),
-            "Transformers' Llama": llama(4, length),
-        }
-        yield from training(f"(7) step, 4 blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
+    """(7) with depth and with sequence length; on a GPU at half the width, so that three models of 256 blocks fit."""
+    for depth, length in ((8, SHORT), (32, SHORT), (128, SHORT), (256, SHORT), (4, 256), (4, 1024), (4, 8192)):
+        shape = (depth, length, NARROW)
+        models = {"span": ours("span", *shape), "pre": ours("pre", *shape), "Transformers' Llama": llama(*shape)}
+        yield from training(f"(7) step, {depth} blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
+        del models  # before the next ones are made
 
 
 def share_of_peak(pairs: int) -> Iterator[Result]:
@@ -284,6 +280,11 @@ def share_of_peak(pairs: int) -> Iterator[Result]:
     )
 
 
+def by_row(results: Iterator[Result]) -> Iterator[list[Result]]:
+    """The contestants of one row together, as soon as they are measured."""
+    return (list(group) for _, group in groupby(results, key=lambda result: result.row))
+
+
 ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth, share_of_peak), 1))
 
 
@@ -296,14 +297,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: list[Result] = []
-    for number in map(int, options.rows.split(",")):
-        new = list(ROW[number](options.pairs))
-        print(table(new), flush=True)
-        results += new
     about = {"pairs": options.pairs, "threads": options.threads, "machine": machine(), "versions": versions()}
     print(json.dumps(about["machine"]))
-    if options.json:
-        write_json(options.json, {"results": as_dicts(results), **about})
+    for number in map(int, options.rows.split(",")):
+        for new in by_row(ROW[number](options.pairs)):
+            print(table(new), flush=True)
+            results += new
+            if options.json:  # a run that is cut off keeps what it measured
+                write_json(options.json, {"results": as_dicts(results), **about})
 
 
 if __name__ == "__main__":
