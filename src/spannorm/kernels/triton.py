@@ -15,16 +15,21 @@ there is no bias (in float16 plus 2^-25/|w|, at most 2^-12).
 
 Each gain's gradient is summed over a fixed set of rows by each program, then over programs: the same device gives the
 same bits every time.
+
+The two launches are custom operators for whatever looks at operators (torch.compile, fake tensors, dispatch modes). In
+plain eager calls they are launched from an autograd function: PyTorch's way through a custom operator written in Python
+takes longer than the kernels do.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from spannorm.kernels.reference import differentiate, tiny_gain
 
@@ -120,9 +125,18 @@ def tiling(width: int) -> dict[str, int]:
     return {"BLOCK": block, "TILE": tile, "num_warps": min(16, max(1, block * tile // 512)), "enable_fp_fusion": True}
 
 
+@cache
 def constants(y: torch.dtype, width: int) -> dict[str, Any]:
     """Compile-time constants of both kernels."""
     return {"WIDTH": width, "TINY": tiny_gain(y), "ROUNDOFF": torch.finfo(y).eps / 2, **tiling(width)}
+
+
+@cache
+def _most_programs(device: torch.device) -> int:
+    """Of backward."""
+    return (
+        PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -136,8 +150,7 @@ def _splits(x: torch.dtype, f: torch.dtype | None, skip: float, branch: float) -
     return f is not None and (skip != branch or x != f)
 
 
-@torch.library.custom_op("spannorm::add_norm", mutates_args=())
-def _forward(
+def _launch_forward(
     x: Tensor,
     f: Tensor | None,
     weight: Tensor,
@@ -161,7 +174,6 @@ def _forward(
     return y, total, rstd
 
 
-@_forward.register_fake
 def _forward_fake(
     x: Tensor,
     f: Tensor | None,
@@ -177,8 +189,7 @@ def _forward_fake(
     return y, torch.empty_like(y) if keep_sum else y.new_empty(0), y.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("spannorm::add_norm_backward", mutates_args=())
-def _backward(
+def _launch_backward(
     dy: Tensor,
     ds: Tensor | None,
     y: Tensor,
@@ -191,11 +202,10 @@ def _backward(
     f_type: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, df or nothing where it is dx, dw, db or nothing)."""
-    dx, df, dw, db = _backward_fake(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
+    dx, df = _branches(y, x_type, f_type, skip, branch)
     dy2, ds2 = _rows(dy), None if ds is None else _rows(ds)
     rows, c = len(dy2), constants(y.dtype, y.shape[-1])
-    most = PROGRAMS_PER_SM * torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 2
-    programs = min(triton.cdiv(rows, c["TILE"]), most)
+    programs = min(triton.cdiv(rows, c["TILE"]), _most_programs(y.device))
     partial = torch.empty((1 if bias is None else 2, programs, y.shape[-1]), dtype=torch.float32, device=y.device)
     if rows:
         with torch.accelerator.device_index(y.device.index):
@@ -204,14 +214,18 @@ def _backward(
                 dy2.stride(0), 0 if ds2 is None else ds2.stride(0), rows, skip, branch,
                 **c, SPLIT=df.numel() > 0, CENTRE=bias is not None, HAS_DS=ds is not None,
             )  # fmt: skip
-    sums = partial.sum(1)
-    dw.copy_(sums[0])
-    if bias is not None:
-        db.copy_(sums[1])
-    return dx, df, dw, db
+    dw = partial[0].sum(0).to(weight.dtype)
+    return dx, df, dw, weight.new_empty(0) if bias is None else partial[1].sum(0).to(bias.dtype)
 
 
-@_backward.register_fake
+def _branches(
+    y: Tensor, x_type: torch.dtype, f_type: torch.dtype | None, skip: float, branch: float
+) -> tuple[Tensor, Tensor]:
+    """Room for dx, and for df where it is not dx."""
+    dx = torch.empty(y.shape, dtype=x_type, device=y.device)
+    return dx, torch.empty_like(dx, dtype=f_type) if _splits(x_type, f_type, skip, branch) else dx.new_empty(0)
+
+
 def _backward_fake(
     dy: Tensor,
     ds: Tensor | None,
@@ -224,9 +238,14 @@ def _backward_fake(
     x_type: torch.dtype,
     f_type: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty(y.shape, dtype=x_type, device=y.device)
-    df = torch.empty_like(dx, dtype=f_type) if _splits(x_type, f_type, skip, branch) else dx.new_empty(0)
+    dx, df = _branches(y, x_type, f_type, skip, branch)
     return dx, df, torch.empty_like(weight), weight.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+_forward = torch.library.custom_op("spannorm::add_norm", _launch_forward, mutates_args=())
+_forward.register_fake(_forward_fake)
+_backward = torch.library.custom_op("spannorm::add_norm_backward", _launch_backward, mutates_args=())
+_backward.register_fake(_backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,7 +255,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, ds: Tensor | None, dr: Tensor | None, launch: Any = _backward
+) -> tuple[Tensor | None, ...]:
     y, weight, bias, rstd = ctx.saved_tensors
     skip, branch, x_type, f_type = ctx.rest
     dy = torch.zeros_like(y) if dy is None else dy
@@ -246,13 +267,33 @@ def _differentiate(ctx: Any, dy: Tensor | None, ds: Tensor | None, dr: Tensor | 
         db = None if bias is None else dy.flatten(0, -2).sum(0, dtype=rstd.dtype).to(bias.dtype)
         df = None if f_type is None else (branch * total).to(f_type)
         return (skip * total).to(x_type), df, dw, db, None, None, None, None
-    dx, df, dw, db = _backward(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
+    dx, df, dw, db = launch(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
     if f_type is not None and not _splits(x_type, f_type, skip, branch):
         df = dx
     return dx, None if f_type is None else df, dw, None if bias is None else db, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without PyTorch's dispatch of custom operators."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _launch_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dy, ds, dr, launch=_launch_backward)
+
+
+def _observed(*tensors: Tensor | None) -> bool:
+    """Whether somebody looks at operators: a compiler, a dispatch mode, or a tensor of another class."""
+    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return modes or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in tensors)
 
 
 def refusal(x: Tensor, f: Tensor | None) -> str | None:
@@ -277,5 +318,6 @@ def add_norm(
     return_sum: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `spannorm.kernels.add_norm`."""
-    y, total, _ = _forward(x, f, weight, bias, eps, skip, branch, return_sum)
+    run = _forward if _observed(x, f, weight, bias) else _Eager.apply
+    y, total, _ = run(x, f, weight, bias, eps, skip, branch, return_sum)
     return (y, total) if return_sum else y
