@@ -17,7 +17,8 @@ from triton.compiler import ASTSource, compile
 POINTERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build(kernel, architecture, kind, width, absent, **flags):
-    constants = {**fused.constants(POINTERS[kind], width), **flags, **dict.fromkeys(absent)}
+    known = fused.constants(POINTERS[kind], width, kernel is fused.backward_kernel)
+    constants = {**known, **flags, **dict.fromkeys(absent)}
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     def type_of(name):
         if name in constants:

@@ -38,8 +38,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384
 """A row has to fit into one program's registers."""
-PROGRAMS_PER_SM = 4
-"""Of backward: each writes one row of partial gain gradients, and enough rows must be under way to fill the memory."""
+WARPS_PER_SM = 32
+"""Of backward, whose programs each go through many rows and write one row of partial gain gradients."""
 
 
 @triton.jit
@@ -118,25 +118,30 @@ def backward_kernel(
         tl.store(DB + partial, db, mask=cols < WIDTH)
 
 
-def tiling(width: int) -> dict[str, int]:
-    """How a program lays out its rows: whole rows, several where they are short, 16 values a thread."""
+def tiling(width: int, values: int) -> dict[str, int]:
+    """How a program lays out its rows: whole rows, several where they are short, so many `values` a thread."""
     block = triton.next_power_of_2(width)
     tile = max(1, 1024 // block)
-    return {"BLOCK": block, "TILE": tile, "num_warps": min(16, max(1, block * tile // 512)), "enable_fp_fusion": True}
+    warps = min(256 // values, max(1, block * tile // (32 * values)))
+    return {"BLOCK": block, "TILE": tile, "num_warps": warps, "enable_fp_fusion": True}
 
 
 @cache
-def constants(y: torch.dtype, width: int) -> dict[str, Any]:
-    """Compile-time constants of both kernels."""
-    return {"WIDTH": width, "TINY": tiny_gain(y), "ROUNDOFF": torch.finfo(y).eps / 2, **tiling(width)}
+def constants(y: torch.dtype, width: int, backward: bool = False) -> dict[str, Any]:
+    """Compile-time constants of a kernel. Backward holds twice as many tensors, so it gives a thread half the values.
+
+    With this and `WARPS_PER_SM` both kernels were the fastest of what was tried on an H200: docs/performance.md.
+    """
+    known = {"WIDTH": width, "TINY": tiny_gain(y), "ROUNDOFF": torch.finfo(y).eps / 2}
+    return known | tiling(width, 8 if backward else 16)
 
 
 @cache
-def _most_programs(device: torch.device) -> int:
-    """Of backward."""
-    return (
-        PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    )
+def _most_programs(device: torch.device, warps: int) -> int:
+    """How many programs of `warps` warps backward runs at once."""
+    if device.type != "cuda":
+        return 2
+    return max(1, WARPS_PER_SM // warps) * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -204,8 +209,8 @@ def _launch_backward(
     """(dx, df or nothing where it is dx, dw, db or nothing)."""
     dx, df = _branches(y, x_type, f_type, skip, branch)
     dy2, ds2 = _rows(dy), None if ds is None else _rows(ds)
-    rows, c = len(dy2), constants(y.dtype, y.shape[-1])
-    programs = min(triton.cdiv(rows, c["TILE"]), _most_programs(y.device))
+    rows, c = len(dy2), constants(y.dtype, y.shape[-1], backward=True)
+    programs = min(triton.cdiv(rows, c["TILE"]), _most_programs(y.device, c["num_warps"]))
     partial = torch.empty((1 if bias is None else 2, programs, y.shape[-1]), dtype=torch.float32, device=y.device)
     if rows:
         with torch.accelerator.device_index(y.device.index):

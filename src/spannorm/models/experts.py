@@ -48,7 +48,8 @@ class ExpertNorm(nn.Module):
 class NormedExperts(Qwen3MoeExperts):
     """Qwen3-MoE's experts, except that each normalizes what its down projection reads.
 
-    Rows are sorted by expert, so that `eager` is a loop over slices and `grouped_mm` one call.
+    Rows are sorted by expert, so that `eager` is a loop over slices and `grouped_mm` one call. `batched_mm`, which
+    `generate` takes for single tokens on a GPU, copies each row its expert's matrix.
     """
 
     def __init__(self, config: SpanNormConfig) -> None:
@@ -59,18 +60,20 @@ class NormedExperts(Qwen3MoeExperts):
         k = top_k_index.shape[-1]
         expert, order = top_k_index.flatten().sort(stable=True)
         rows = F.one_hot(expert, self.num_experts).sum(0)
-        gate, up = self._linear(hidden_states[order // k], self.gate_up_proj, rows).chunk(2, dim=-1)
-        y = self._linear(self.down_norm(self.act_fn(gate) * up, expert), self.down_proj, rows)
+        gate, up = self._linear(hidden_states[order // k], self.gate_up_proj, expert, rows).chunk(2, dim=-1)
+        y = self._linear(self.down_norm(self.act_fn(gate) * up, expert), self.down_proj, expert, rows)
         y = y * top_k_weights.flatten()[order, None]
         return y[order.argsort()].unflatten(0, (-1, k)).sum(1).to(hidden_states.dtype)
 
-    def _linear(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, expert: Tensor, rows: Tensor) -> Tensor:
         """Each expert's rows times its own matrix."""
         how = self.config._experts_implementation or "eager"
         if how == "grouped_mm":
             return _grouped_linear(x, weight, rows.cumsum(0, dtype=torch.int32))
+        if how == "batched_mm":
+            return torch.bmm(weight[expert], x.unsqueeze(-1)).squeeze(-1)
         if how != "eager":
-            raise InputError(f"experts with a norm inside run as 'eager' or 'grouped_mm'; got {how!r}.")
+            raise InputError(f"experts with a norm inside run as 'eager', 'grouped_mm' or 'batched_mm'; got {how!r}.")
         return torch.cat([F.linear(part, w) for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
 
 
