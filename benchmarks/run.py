@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +128,14 @@ def step_of(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[
 # ----------------------------------------------------------------------------------------------------------- rows
 
 
-def add_norm(pairs: int) -> Iterator[Result]:
+def add_norm(pairs: int) -> Iterator[list[Result]]:
     """(1) forward and backward of add + RMSNorm against PyTorch's, Liger's and a copy of the same bytes."""
     liger = GPU and not missing("liger_kernel")
     for width in WIDTHS:
         for outputs in (1, 2):
-            yield from add_norm_once(pairs, width, outputs, liger)
+            yield add_norm_once(pairs, width, outputs, liger)
             if GPU:
-                yield from add_norm_once(pairs, width, outputs, liger, graph=True)
+                yield add_norm_once(pairs, width, outputs, liger, graph=True)
 
 
 def replayed(work: Callable[[], Any]) -> Callable[[], None]:
@@ -158,22 +157,22 @@ def add_norm_once(pairs: int, width: int, outputs: int, liger: bool, graph: bool
     x, f = (torch.randn_like(above[0]).requires_grad_() for _ in range(2))
     w = torch.ones(width, device=DEVICE, dtype=dtype, requires_grad=True)
 
-    def eager() -> tuple[Tensor, ...]:
+    def eager(x: Tensor, f: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         total = x + f
         return (F.rms_norm(total, w.shape, w, EPS), total)[:outputs]
 
-    def fused() -> tuple[Tensor, ...]:
+    def fused(x: Tensor, f: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         y = kernels.add_norm(x, f, w, eps=EPS, return_sum=outputs == 2)
         return y if outputs == 2 else (y,)
 
-    def ligers() -> tuple[Tensor, ...]:
+    def ligers(x: Tensor, f: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
         # input, residual, gain, eps, offset, casting mode, in place
         return LigerFusedAddRMSNormFunction.apply(f, x, w, EPS, 0.0, "llama", False)[:outputs]
 
     forward: dict[str, Callable[[], Any]] = {"ours": fused, "rms_norm": eager, **({"Liger": ligers} if liger else {})}
-    kept = {name: kept_mib(run) for name, run in forward.items()}
+    kept = {name: kept_mib(lambda run=run: run(x, f, w)) for name, run in forward.items()}
     forward["rms_norm compiled"] = torch.compile(eager)
     # forward reads 2 tensors and writes as many as it has outputs, backward reads y and their gradients and writes 1
     moved = (4 + 2 * outputs) * x.numel() * x.element_size()
@@ -181,7 +180,8 @@ def add_norm_once(pairs: int, width: int, outputs: int, liger: bool, graph: bool
 
     def both_ways(run: Callable[[], Any]) -> Callable[[], float]:
         def work() -> Any:
-            return torch.autograd.grad(run(), (x, f, w), above)
+            leaves = [t.detach().requires_grad_() for t in (x, f, w)]  # a graph takes none that another stream has met
+            return torch.autograd.grad(run(*leaves), leaves, above)
 
         return timed(replayed(work) if graph else work, 20 if GPU else 5)
 
@@ -191,11 +191,11 @@ def add_norm_once(pairs: int, width: int, outputs: int, liger: bool, graph: bool
     return in_turns(f"(1) add-norm, forward + backward, {ROWS} × {width}, {shape}", turns, pairs, kept)
 
 
-def placements(pairs: int) -> Iterator[Result]:
+def placements(pairs: int) -> Iterator[list[Result]]:
     """(2) the training step of SpanNorm against PreNorm's in our model, both with the lean backward."""
-    yield from training(f"(2) step, {DEPTH} blocks", pairs, {"span": ours("span"), "pre": ours("pre")})
+    yield training(f"(2) step, {DEPTH} blocks", pairs, {"span": ours("span"), "pre": ours("pre")})
     if not GPU:
-        yield from training("(2) step, 32 blocks", pairs, {"span": ours("span", 32), "pre": ours("pre", 32)})
+        yield training("(2) step, 32 blocks", pairs, {"span": ours("span", 32), "pre": ours("pre", 32)})
 
 
 def training(row: str, pairs: int, models: dict[str, nn.Module], ids: Tensor | None = None) -> list[Result]:
@@ -204,18 +204,18 @@ def training(row: str, pairs: int, models: dict[str, nn.Module], ids: Tensor | N
     return in_turns(row, {name: timed(step_of(model, ids)) for name, model in models.items()}, pairs, kept)
 
 
-def rivals(pairs: int) -> Iterator[Result]:
+def rivals(pairs: int) -> Iterator[list[Result]]:
     """(3) our model against Transformers' Llama and litgpt's GPT."""
     models = {"span": ours("span"), "pre": ours("pre"), "Transformers' Llama": llama()}
     if GPU and not missing("liger_kernel"):
         models["Llama + Liger"] = llama(liger=True)
     if not missing("litgpt"):
         models["litgpt"] = litgpt()
-    yield from training(f"(3) step, {DEPTH} blocks", pairs, models)
+    yield training(f"(3) step, {DEPTH} blocks", pairs, models)
     if GPU:
         compiled = {"span": ours("span"), "Transformers' Llama": llama()}
         turns = {name: timed(step_of(model, tokens(), compiled=True)) for name, model in compiled.items()}
-        yield from in_turns(f"(3) compiled step, {DEPTH} blocks", turns, pairs)
+        yield in_turns(f"(3) compiled step, {DEPTH} blocks", turns, pairs)
 
 
 class Stopwatch(TrainerCallback):
@@ -228,7 +228,7 @@ class Stopwatch(TrainerCallback):
         self.marks.append(time.perf_counter())
 
 
-def trainer(pairs: int) -> Iterator[Result]:
+def trainer(pairs: int) -> Iterator[list[Result]]:
     """(4) the Trainer against a bare loop."""
     steps, model, bare = 6, ours("span"), timed(step_of(ours("span"), tokens()))
     data = [{"input_ids": row, "labels": row} for row in tokens(steps * BATCH).cpu()]
@@ -244,10 +244,10 @@ def trainer(pairs: int) -> Iterator[Result]:
             engine.train()
         return (watch.marks[-1] - watch.marks[1]) / (len(watch.marks) - 2)
 
-    yield from in_turns("(4) a step under the Trainer", {"Trainer": turn, "bare loop": bare}, pairs)
+    yield in_turns("(4) a step under the Trainer", {"Trainer": turn, "bare loop": bare}, pairs)
 
 
-def decoding(pairs: int) -> Iterator[Result]:
+def decoding(pairs: int) -> Iterator[list[Result]]:
     """(5) greedy decoding with the cache."""
     new, prompt = (64, 64) if GPU else (24, 16)
 
@@ -261,28 +261,28 @@ def decoding(pairs: int) -> Iterator[Result]:
         )  # fmt: skip
 
     models = {"span": ours("span"), "pre": ours("pre"), "Transformers' Llama": llama()}
-    yield from in_turns(f"(5) decoding {new} tokens", {name: turn(model) for name, model in models.items()}, pairs)
+    yield in_turns(f"(5) decoding {new} tokens", {name: turn(model) for name, model in models.items()}, pairs)
 
 
-def probing(pairs: int) -> Iterator[Result]:
+def probing(pairs: int) -> Iterator[list[Result]]:
     """(6) what a probe costs: a step, and a step with the share of the probe that falls on it."""
     model, ids, every = ours("span"), tokens(), TrainRecipe().probe_every
     step = timed(step_of(model, ids))
     probe = timed(lambda: measure(model, lambda: loss_of(model, ids)))
     turns = {"step with probes": lambda: step() + probe() / every, "step without": step}
-    yield from in_turns(f"(6) a probe every {every} steps", turns, pairs)
+    yield in_turns(f"(6) a probe every {every} steps", turns, pairs)
 
 
-def growth(pairs: int) -> Iterator[Result]:
+def growth(pairs: int) -> Iterator[list[Result]]:
     """(7) with depth and with sequence length; on a GPU at half the width, so that three models of 256 blocks fit."""
     for depth, length in ((8, SHORT), (32, SHORT), (128, SHORT), (256, SHORT), (4, 256), (4, 1024), (4, 8192)):
         shape = (depth, length, NARROW)
         models = {"span": ours("span", *shape), "pre": ours("pre", *shape), "Transformers' Llama": llama(*shape)}
-        yield from training(f"(7) step, {depth} blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
+        yield training(f"(7) step, {depth} blocks, 1 × {length} tokens", pairs, models, tokens(1, length))
         del models  # before the next ones are made
 
 
-def share_of_peak(pairs: int) -> Iterator[Result]:
+def share_of_peak(pairs: int) -> Iterator[list[Result]]:
     """(8) a step, compiled on a GPU, against bare matrix products of as many operations: 1 / ratio is the share."""
     model, ids = ours("span"), tokens()
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
@@ -292,14 +292,9 @@ def share_of_peak(pairs: int) -> Iterator[Result]:
     a, b = (torch.randn(n, n, device=DEVICE, dtype=HALF if GPU else torch.float32) for _ in range(2))
     product = timed(lambda: a @ b, 10 if GPU else 1)
     bare = {"bare products": lambda: product() * operations / (2 * n**3)}
-    yield from in_turns(
+    yield in_turns(
         f"(8) {matrices / 1e6:.1f} M in matrices", {"span": timed(step_of(model, ids, compiled=GPU))} | bare, pairs
     )
-
-
-def by_row(results: Iterator[Result]) -> Iterator[list[Result]]:
-    """The contestants of one row together, as soon as they are measured."""
-    return (list(group) for _, group in groupby(results, key=lambda result: result.row))
 
 
 ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth, share_of_peak), 1))
@@ -317,7 +312,7 @@ def main() -> None:
     about = {"pairs": options.pairs, "threads": options.threads, "machine": machine(), "versions": versions()}
     print(json.dumps(about["machine"]))
     for number in map(int, options.rows.split(",")):
-        for new in by_row(ROW[number](options.pairs)):
+        for new in ROW[number](options.pairs):
             print(table(new), flush=True)
             results += new
             if options.json:  # a run that is cut off keeps what it measured
