@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spannorm import folders
 from spannorm.errors import InputError
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
+from spannorm.folders import claim, sweep
 from spannorm.lab.plan import Job, Plan
 from spannorm.lab.report import draw_report
 from spannorm.lab.runner import Runner
@@ -78,9 +80,11 @@ def _opened(
     recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
+    claim(out, folders.COMPARISON)
     plan = Plan(recipe)
     make_folder(out)
     with alone_in(out), writing_to(out):
+        sweep(out)
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
@@ -105,15 +109,13 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
 
 
 def _check_same_comparison(recipe: Recipe, out: Path) -> None:
-    if (out / COMPARISON).is_file():
+    if claim(out, folders.COMPARISON):
         there = read_json(out / COMPARISON)["recipe"]
         different = differences(there, json.loads(json.dumps(recipe.to_dict())))
         if different:
             raise InputError(
                 f"{out} already holds another comparison: {'; '.join(different)}. Choose another --out folder."
             )
-    elif (out / "run.json").is_file():
-        raise InputError(f"{out} already holds a single run: choose another --out folder.")
 
 
 def _outcome(recipe: Recipe, arms: list[dict[str, Any]]) -> dict[str, Any]:

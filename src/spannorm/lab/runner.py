@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,9 @@ import yaml
 
 from spannorm.errors import Stopped
 from spannorm.files import read_json, write_text
+from spannorm.folders import own_folder
 from spannorm.lab.plan import Done, Job
+from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
 from spannorm.train.environment import cores
 from spannorm.train.recipe import DataRecipe
@@ -92,7 +93,8 @@ class Runner:
     def _prepared(self, job: Job) -> list[str]:
         """Write a job's recipe and return the command that runs it."""
         folder = self.folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder.parent)
+        own_folder(folder)
         write_text(folder / "recipe.yaml", yaml.safe_dump(run_recipe(job.recipe), sort_keys=False))
         command = [sys.executable, "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
         command += ["--data", str(self.data[job.recipe.data])]
@@ -104,7 +106,9 @@ class Runner:
     def _start(self, job: Job) -> None:
         command = [*self._prepared(job), "--worker"]
         place = self._free.pop(0)
-        log = open(self.folder(job) / "log.txt", "ab")  # noqa: SIM115 — closed when the job has ended
+        # not through a symbolic link; closed when the job has ended
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        log = open(os.open(self.folder(job) / "log.txt", flags, 0o666), "ab")  # noqa: SIM115
         # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
         process = subprocess.Popen(
             command,
@@ -127,8 +131,7 @@ class Runner:
         row.add(records)
         if (folder / RESULT).is_file() and (code is not None or job.name not in self._running):
             result = self.results[job.name] = read_json(folder / RESULT)
-            for checkpoint in folder.glob("checkpoint-*"):  # a finished run is only read: hundreds would fill a disk
-                shutil.rmtree(checkpoint)
+            rotate(folder, keep=0)  # a finished run is only read: hundreds would fill a disk
             row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
         elif code is not None:
             row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"

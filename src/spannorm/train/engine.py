@@ -13,7 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from spannorm.errors import InputError
 from spannorm.routing import RoutingMeter
+from spannorm.train.checkpoints import begin
 from spannorm.train.optimizers import build_optimizer
+from spannorm.train.processes import on_first
 from spannorm.train.recipe import TrainRecipe
 from spannorm.train.schedule import share_of_peak
 
@@ -93,6 +95,11 @@ class Engine(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        on_first(lambda: begin(folder / f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict."""
         return dict(self.accelerator.unwrap_model(self.model).state_dict())
@@ -139,7 +146,6 @@ def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArgument
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=t.checkpoint_every,
-        save_total_limit=2,
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
