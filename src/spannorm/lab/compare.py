@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm import folders
-from spannorm.errors import InputError
+from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
 from spannorm.folders import claim, sweep
 from spannorm.lab.plan import Job, Plan
@@ -33,6 +34,8 @@ from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import tasks_of
 from spannorm.train.recipe import DataRecipe, Recipe
 from spannorm.train.run import differences, model_config
+
+logger = logging.getLogger("spannorm")
 
 COMPARISON, RESULTS = "comparison.json", "results.json"
 
@@ -59,9 +62,15 @@ def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once:
 
         try:
             runner.run(recipe.name, on_finish=lambda: record(False))
-        finally:
-            results = record(runner.complete())
-            draw_report(out)
+        except Stopped:
+            record(runner.complete())
+            try:
+                draw_report(out)
+            except InputError as error:  # what is in the way of the report is said, and the work stands
+                logger.warning("no report: %s", error)
+            raise
+        results = record(runner.complete())
+        draw_report(out)
     return results
 
 

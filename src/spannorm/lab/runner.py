@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from spannorm.errors import Stopped
+from spannorm.errors import Interrupted, Stopped
 from spannorm.files import read_json, write_text
 from spannorm.folders import own_folder
 from spannorm.lab.plan import Done, Job
@@ -77,9 +77,9 @@ class Runner:
                         board.rows = list(self.rows.values())
                         on_finish()
                     board.refresh()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Interrupted) as stop:
                 self._stop()
-                raise Stopped("stopped, every running job saved") from None
+                raise Stopped("stopped, every running job saved", getattr(stop, "exit_code", 130)) from None
             finally:
                 board.refresh()
 
@@ -133,6 +133,8 @@ class Runner:
             result = self.results[job.name] = read_json(folder / RESULT)
             rotate(folder, keep=0)  # a finished run is only read: hundreds would fill a disk
             row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
+        elif code in (75, 130):  # a scheduler stops every process, and a job has saved
+            row.status = "stopped"
         elif code is not None:
             row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
         if code is None:

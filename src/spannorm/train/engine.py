@@ -41,6 +41,7 @@ class Engine(Trainer):
     ) -> None:
         self.recipe, self.loss_chunk = recipe, recipe.loss_chunk
         super().__init__(model, *args, **kwargs)
+        self.fetching = False
         self._skip_nan = recipe.on_nan == "skip"
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
@@ -94,6 +95,14 @@ class Engine(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's sequences, read before its first pass."""
+        self.fetching = True
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.fetching = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
@@ -44,7 +43,7 @@ from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.evaluation import evaluate_run, tasks_of
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import RampEnd, Recorder
+from spannorm.train.recorder import RampEnd, Recorder, exit_code
 from spannorm.train.rollback import ROLLBACKS, SpikeGuard
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.sharding import ShardedEngine, sharded_model
@@ -165,7 +164,9 @@ def _train(
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
     skip = t.on_nan == "skip"
-    recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, skip)
+    recorder = Recorder(
+        out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, lambda: engine.fetching, skip
+    )
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = kind(
@@ -181,8 +182,8 @@ def _train(
         with recorder.catching_signals(), refusing_pickles(checkpoint):
             engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if recorder.stop_requested and engine.state.global_step < t.steps:
-            code = 130 if recorder.stopped_by == signal.SIGINT else 75
-            raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved", code)
+            at = f"stopped after step {engine.state.global_step} of {t.steps}, saved"
+            raise Stopped(at, exit_code(recorder.stopped_by))
         if guard.rolled_back:
             return None
         losses = {
