@@ -168,11 +168,15 @@ _STATES = ("waiting", "running", "stopped", "ok", "failed")
 
 
 def _parsed(text: str) -> Any:
-    """JSON in which NaN, Infinity and whole numbers that no float holds are unknown, like null."""
-    whole = len(str(int(LARGEST)))
-    return json.loads(
-        text, parse_constant=lambda _: None, parse_int=lambda digits: int(digits) if len(digits) < whole else None
-    )
+    """JSON in which NaN, Infinity and numbers that were never measured are unknown, like null."""
+
+    def number(digits: str) -> float | None:
+        return value if abs(value := float(digits)) < LARGEST else None
+
+    def whole(digits: str) -> int | None:
+        return None if number(digits) is None else int(digits)
+
+    return json.loads(text, parse_constant=lambda _: None, parse_int=whole, parse_float=number)
 
 
 def read_results(path: Path) -> dict[str, Any]:

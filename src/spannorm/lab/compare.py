@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm import folders
+from spannorm.console import PlainConsole, say
 from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
 from spannorm.folders import claim, sweep
@@ -37,6 +38,8 @@ from spannorm.train.run import differences, model_config
 
 logger = logging.getLogger("spannorm")
 
+_MANY = 100
+"""Jobs beyond which planning them is worth a word."""
 COMPARISON, RESULTS = "comparison.json", "results.json"
 
 
@@ -96,10 +99,12 @@ def _opened(
         sweep(out)
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
+        if len(jobs) > _MANY:
+            say(PlainConsole(stderr=True), f"{len(jobs):,} jobs are planned; the text is made ready")
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
         tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
-        for job in jobs:
-            model_config(job.recipe, tokens[job.recipe.data])
+        for (_, which), job in {(id(job.config), job.recipe.data): job for job in jobs}.items():
+            model_config(job.recipe, tokens[which])
         _check_tasks(jobs, tokens)
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
@@ -110,7 +115,7 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
     """Load what jobs are evaluated on, once each, before any of them is run."""
     seen = set()
     for job in jobs:
-        t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
+        t, context = job.recipe.train, job.config.max_position_embeddings
         which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
         if t.evaluate and which not in seen:
             tasks_of(t, tokens[job.recipe.data], context)

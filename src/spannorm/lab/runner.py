@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+import spannorm
 from spannorm.errors import Interrupted, Stopped
 from spannorm.files import read_json, write_text
 from spannorm.folders import own_folder
@@ -24,7 +25,7 @@ from spannorm.train.display import Board, Row
 from spannorm.train.environment import cores
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import RECORDS
-from spannorm.train.run import RESULT, model_config, run_recipe
+from spannorm.train.run import RESULT, RESULT_SHAPE, run_recipe
 
 Planner = Callable[[Done], list[Job]]
 
@@ -59,7 +60,7 @@ class Runner:
             self.jobs = self.plan({name: _outcome(result) for name, result in self.results.items()})
             for job in self.jobs:
                 if job.name not in self.rows:
-                    self.rows[job.name] = Row.of(job.recipe, model_config(job.recipe))
+                    self.rows[job.name] = Row.of(job.recipe, job.config)
                     self._read[job.name] = 0
                     self._follow(job)
 
@@ -96,7 +97,7 @@ class Runner:
         own_folder(folder.parent)
         own_folder(folder)
         write_text(folder / "recipe.yaml", yaml.safe_dump(run_recipe(job.recipe), sort_keys=False))
-        command = [sys.executable, "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
+        command = [sys.executable, "-P", "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
         command += ["--data", str(self.data[job.recipe.data])]
         return command + [word for path in self.imports for word in ("--import", str(path))]
 
@@ -112,7 +113,7 @@ class Runner:
         # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
         process = subprocess.Popen(
             command,
-            env={**os.environ, **place},
+            env={**os.environ, "PYTHONPATH": _python_path(), **place},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -130,7 +131,7 @@ class Runner:
             row.restart()
         row.add(records)
         if (folder / RESULT).is_file() and (code is not None or job.name not in self._running):
-            result = self.results[job.name] = read_json(folder / RESULT)
+            result = self.results[job.name] = read_json(folder / RESULT, RESULT_SHAPE)
             rotate(folder, keep=0)  # a finished run is only read: hundreds would fill a disk
             row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
         elif code in (75, 130):  # a scheduler stops every process, and a job has saved
@@ -181,6 +182,13 @@ class Runner:
             }
             rows.append({**known, **self.results.get(job.name, {})})
         return rows
+
+
+def _python_path() -> str:
+    """Where a worker finds this package. `-P` keeps the current directory out of its search: only what was installed
+    or named is imported."""
+    here, given = str(Path(spannorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(filter(None, [*given, here])))
 
 
 def _outcome(result: Mapping[str, Any]) -> float | None:
