@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import io
 import re
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from spannorm.errors import DiskError, InputError, Stopped
+from spannorm.errors import DiskError, InputError, Interrupted, Stopped
+from spannorm.text import plain
 
 app = typer.Typer(
     help="Decide where the norms of a deep Transformer go: train and compare placements on equal terms.",
@@ -153,15 +157,17 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences at once.")] = 16,
 ) -> None:
     """Evaluate a saved model through lm-eval: on questions made from held-out text, or on any of lm-eval's tasks."""
+    from rich.text import Text
+
     from spannorm.console import wide_console
     from spannorm.evaluate.table import print_scores
     from spannorm.train.evaluation import RESULTS, evaluate_folder
 
     console = wide_console()
-    with console.status("loading") as status:
+    with console.status(Text("loading")) as status:
         results = evaluate_folder(
             directory, listed(tasks), data=data, out=out, count=questions, batch_size=batch_size,
-            on_task=lambda name: status.update(name),
+            on_task=lambda name: status.update(Text(name)),
         )  # fmt: skip
     print_scores(results["tasks"], results["model"], console)
     typer.echo(f"results  {(out or directory / 'eval') / RESULTS}")
@@ -342,25 +348,42 @@ def run_files(paths: list[Path] | None) -> None:
         runpy.run_path(str(path))
 
 
+def _stopping_on_signals() -> dict[int, Any]:
+    """From here on Ctrl-C and SIGTERM end the work wherever it is, and it cleans up; what was set before."""
+
+    def stop(number: int, _: Any) -> None:
+        raise Interrupted(130 if number == signal.SIGINT else 75)
+
+    wanted = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    here = threading.current_thread() is threading.main_thread()
+    return {number: signal.signal(number, stop) for number in wanted} if here else {}
+
+
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 or 75 stopped and saved (`Stopped`)."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot with a backslash
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quick = sys.argv[1:2] in (["theory"], ["placements"])  # most of their time is loading PyTorch
     if quick:
         gc.disable()
+    before = _stopping_on_signals()
     try:
         app()
     except InputError as error:
         from spannorm.train.processes import is_first
 
         if is_first() or isinstance(error, DiskError):  # all other input is the same for every process
-            typer.secho(f"error: {error}", fg="red", err=True)
+            typer.secho(f"error: {plain(error)}", fg="red", err=True)
         sys.exit(2)
-    except Stopped as stop:
+    except (Stopped, Interrupted) as stop:
         from spannorm.train.processes import is_first
 
         if is_first():
             typer.echo(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}", err=True)
         sys.exit(stop.exit_code)
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if quick and "triton" not in sys.modules:  # whose bindings count what is left at the end, and complain
             gc.freeze()  # else the end of the process looks through everything once more: a third of a second

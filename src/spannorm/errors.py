@@ -28,6 +28,14 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+class Interrupted(BaseException):
+    """A signal ended the work where there was nothing to save. No `except Exception` on the way stops it."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("stopped; what was complete is kept")
+        self.exit_code = exit_code
+
+
 def unknown(what: str, given: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not known: names the nearest known one, and all of them."""
     names = list(known)

@@ -1,4 +1,7 @@
-"""Writing files so that nothing is ever half-written, and disk trouble reads as one clear sentence."""
+"""Writing files so that nothing is ever half-written; reading files that somebody may have edited.
+
+Disk trouble, and a file that is not what it was, read as one clear sentence.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,12 @@ _TROUBLE = {
     errno.EPERM: "this user may not write there",
     errno.ENOTDIR: "a part of that path is a file",
     errno.EEXIST: "a file of that name is in the way",
+    errno.EISDIR: "a folder of that name is in the way",
+    errno.ENAMETOOLONG: "a name is longer than the file system takes",
+    errno.ELOOP: "a symbolic link is in the way, or leads back to itself",
 }
+LARGEST = 1 << 28
+"""Bytes of a file that is read whole, 256 MiB: what is longer was not written by this package."""
 
 
 @contextmanager
@@ -83,8 +92,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for text, as UTF-8."""
-    write_bytes(path, text.encode())
+    """`write_bytes` for text, as UTF-8; half a surrogate pair, which UTF-8 cannot hold, is spelled out."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,19 +101,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or an `InputError` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path} is not readable as JSON ({error}): it was cut or changed by hand.") from None
-
-
 def append_json(path: Path, value: Any) -> None:
-    """Append one line to a JSONL file."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Append one line to a JSONL file; a symbolic link in its place is not followed."""
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
         file.write(_line(value))
 
 
@@ -117,12 +116,113 @@ def _line(value: Any) -> str:
     return json.dumps(finite(value), allow_nan=False) + "\n"
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last line cut short by a kill is left out, a missing file is empty."""
-    if not path.is_file():
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """A whole text file, UTF-8 with or without a byte-order mark.
+
+    Raises:
+        InputError: it is missing, no regular file (a pipe or a device would never end), too long, or not UTF-8.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise InputError(f"{path} is not a regular file: give a file that can be read to its end.")
+            if about.st_size > most:
+                raise InputError(f"{path} holds {about.st_size:,} bytes, and at most {most:,} are read.")
+            return file.read(most + 1).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): it was changed by hand."
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def read_json(path: Path, shape: object = object) -> Any:
+    """A JSON file's value, or an `InputError` that names the file and what is wrong in it (`checked`)."""
+    return checked(_parsed(read_text(path), str(path)), shape, str(path))
+
+
+def read_jsonl(path: Path, shape: object = dict) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last line cut short by a kill is left out, a missing file is empty.
+
+    Raises:
+        InputError: a line that is not JSON, or not of the shape (`checked`).
+    """
+    if not path.exists() and not path.is_symlink():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = enumerate(read_text(path).split("\n")[:-1], start=1)
+    return [checked(_parsed(line, f"{path}:{n}"), shape, f"{path}:{n}") for n, line in lines if line]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not readable as JSON ({error}): it was cut or changed by hand.") from None
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
+          list: "a list", None: "null"}  # fmt: skip
+
+
+def checked(value: Any, shape: object, where: str) -> Any:
+    """The value, if it has the shape.
+
+    Args:
+        shape: a type (`object` is anything, `float` any number, `bool` is no number); a tuple of shapes, one of which
+            it must have; `[shape]`, a list of such items; `{"key": shape}`, an object with at least these keys, where a
+            key that ends in `?` may be missing or null; `{str: shape}`, an object with any keys.
+        where: the file and the place in it, for the error.
+
+    Raises:
+        InputError: names the place, what must be there and what is.
+    """
+    wrong = _differs(value, shape, "")
+    if wrong is None:
+        return value
+    at, needed, given = wrong
+    shown = repr(given)
+    raise InputError(
+        f"{where}{': `' + at.lstrip('.') + '`' if at else ''} must be {needed}, and is "
+        f"{shown if len(shown) < 80 else shown[:77] + '…'}: the file was changed by hand."
+    )
+
+
+def _differs(value: Any, shape: Any, at: str) -> tuple[str, str, Any] | None:
+    """Where the value first differs from the shape: the place, what must be there, and what is."""
+    if shape is object:
+        return None
+    if isinstance(shape, tuple):
+        found = [_differs(value, one, at) for one in shape]
+        deeper = next((wrong for wrong in found if wrong is not None and wrong[0] != at), None)
+        needed = " or ".join(dict.fromkeys(wrong[1] for wrong in found if wrong is not None))
+        return None if None in found else deeper or (at, needed, value)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return at, "a list", value
+        return next(filter(None, (_differs(v, shape[0], f"{at}[{i}]") for i, v in enumerate(value))), None)
+    if isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return at, "an object", value
+        for key, inner in shape.items():
+            keys = list(value) if key is str else [key.removesuffix("?")]
+            for name in keys:
+                if name not in value and not key.endswith("?"):
+                    return f"{at}.{name}", "there", "missing"
+                optional = key is not str and key.endswith("?") and value.get(name) is None
+                if not optional and (wrong := _differs(value[name], inner, f"{at}.{name}")):
+                    return wrong
+        return None
+    if shape is None:
+        return None if value is None else (at, "null", value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and (shape is float or isinstance(value, int)) if shape in (int, float) else isinstance(value, shape)
+    return None if fits else (at, _KINDS[shape], value)
 
 
 def finite(value: Any) -> Any:
@@ -145,7 +245,7 @@ def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
         InputError: another process works there.
     """
     until = time.monotonic() + wait
-    with open(folder / ".lock", "w") as file:
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

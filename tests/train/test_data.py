@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections import Counter
 from hashlib import sha256
 from math import log
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spannorm.errors import InputError
+from spannorm.folders import partial_folder, sweep_partial
 from spannorm.train import corpus
 from spannorm.train import data as data_module
 from spannorm.train.corpus import documents
@@ -429,14 +429,13 @@ def test_in_a_second_process(small: TokenData, tmp_path: Path) -> None:
     recipe = DataRecipe(**{**vars(small.recipe), "tokenizer": "bpe", "vocab_size": 290})
     assert not (tmp_path / "killed").exists()
     (partial,) = tmp_path.glob(".killed.*")
-    data_module._remove_abandoned(tmp_path / "killed")
-    assert partial.exists(), "a process may still be at work on it"
-    an_hour_ago = time.time() - 3700
-    for path in (partial, *partial.iterdir()):
-        os.utime(path, (an_hour_ago, an_hour_ago))
+    with partial_folder(tmp_path / "killed") as held:
+        sweep_partial(tmp_path)
+        assert held.exists(), "a process is still at work on it"
+    assert not partial.exists(), "its process is dead"
     data = prepare_data(recipe, tmp_path / "killed")
     assert data.sha256 == bpe_hash, "training a tokenizer is deterministic across processes"
-    assert not partial.exists() and len(BPE) == data.vocab_size
+    assert not list(tmp_path.glob(".killed.*")) and len(BPE) == data.vocab_size
 
 
 def test_process_that_comes_second_takes_what_is_there(

@@ -15,6 +15,7 @@ from torch import nn
 from spannorm.auditing.families import default_configuration
 from spannorm.auditing.shrink import VOCABULARY, depth_of, shrink
 from spannorm.errors import InputError
+from spannorm.named_code import check_configuration
 
 TOKENS = (2, 13)
 """Sequences and tokens that a model of text is run with: no other size is 13, so that an axis of tokens is known."""
@@ -133,7 +134,7 @@ def of_model(model: nn.Module, name: str | None = None) -> Target:
 
 
 def _configuration(target: str) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = Path(target)
@@ -145,6 +146,7 @@ def _configuration(target: str) -> Any:
             "as Qwen/Qwen3-8B, or module:function."
         )
     try:
+        check_configuration(PreTrainedConfig.get_config_dict(path if path.exists() else target)[0], target)
         return AutoConfig.from_pretrained(path if path.exists() else target, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

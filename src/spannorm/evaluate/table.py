@@ -7,9 +7,8 @@ from statistics import NormalDist
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from spannorm.console import wide_console
+from spannorm.console import Grid, wide_console
 
 LEVEL = 0.95
 """Of every interval."""
@@ -22,15 +21,17 @@ def margin(stderr: float | None) -> float | None:
 
 def print_scores(tasks: Mapping[str, Mapping[str, Any]], title: str, console: Console | None = None) -> None:
     """Print each task's metrics with their intervals, what guessing comes to, and what did not fit."""
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
-    for heading in ("value", f"± ({LEVEL:.0%})", "chance", "questions"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    grid = Grid(title)
+    grid.column("task")
+    grid.column("metric")
+    for heading in ("value", f"± ({LEVEL:.0%})"):
+        grid.column(heading, "number")
+    for heading in ("chance", "questions"):
+        grid.column(heading, "spare")
+    grid.column("", "note")
     for name, score in tasks.items():
         for metric, of in score["metrics"].items():
-            table.add_row(
+            grid.row(
                 name,
                 metric + ("" if of["higher_is_better"] in (True, None) else " ↓"),
                 _figure(of["value"]),
@@ -39,7 +40,8 @@ def print_scores(tasks: Mapping[str, Mapping[str, Any]], title: str, console: Co
                 str(score["questions"]),
                 f"{score['cut']:,} contexts cut: longer than the model's" if score["cut"] else "",
             )
-    (console or wide_console()).print(table)
+    console = console or wide_console()
+    console.print(grid.fitted(console))
 
 
 def _figure(value: float | None) -> str:

@@ -58,7 +58,7 @@ def answers(arms: Sequence[Arm]) -> Answers | None:
         for task, result in run.evaluation.items():
             asked.setdefault(task, set()).add((result["questions"], result.get("questions_sha256")))
             for metric in [m for m in result["metrics"] if m in _SHOWN] or list(result["metrics"])[:1]:
-                guess = result["chance"] if metric in ("acc", "acc_norm") else None
+                guess = result.get("chance") if metric in ("acc", "acc_norm") else None
                 columns.setdefault((task, metric), Column(task, metric, guess, result["questions"]))
     if not columns:
         return None
@@ -69,11 +69,11 @@ def answers(arms: Sequence[Arm]) -> Answers | None:
 def _score(runs: Sequence[Run], column: Column) -> Score | None:
     found = [run.evaluation[column.task] for run in runs if column.task in run.evaluation]
     measured = [result["metrics"][column.metric] for result in found if column.metric in result["metrics"]]
-    values = [metric["value"] for metric in measured if metric["value"] is not None]
+    values = [value for metric in measured if (value := metric.get("value")) is not None]
     if not values:
         return None
     if len(values) == 1:
-        half, over = margin(measured[0]["stderr"]), plural(found[0]["questions"], "question")
+        half, over = margin(measured[0].get("stderr")), plural(found[0]["questions"], "question")
     else:
         seeds = estimate(values)
         half, over = seeds.margin if seeds else None, plural(len(values), "seed")

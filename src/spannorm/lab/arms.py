@@ -13,7 +13,10 @@ from matplotlib.colors import to_hex, to_rgb
 from numpy.typing import NDArray
 
 from spannorm.errors import InputError
+from spannorm.files import checked, read_text
+from spannorm.text import plain, plain_in
 from spannorm.train.health import ROUTING
+from spannorm.train.ramp import SHARES
 
 Array = NDArray[np.float64]
 Job = dict[str, Any]
@@ -137,47 +140,117 @@ def _shade(color: str, amount: float) -> str:
     return str(to_hex([part + (goal - part) * abs(amount) for part in to_rgb(color)]))
 
 
+_NUMBER = (float, None)
+_METRIC = {"value?": float, "stderr?": float}
+_ROW = {
+    "job": str, "placement": str, "depth_rule": str, "status": str,
+    **dict.fromkeys(("reason?", "arm?", "stage?"), str),
+    **dict.fromkeys(("seed?", "steps?", "steps_done?"), int),
+    **dict.fromkeys(("learning_rate?", "val_loss?", "test_loss?", "bits_per_byte?", "unigram_loss?"), float),
+    **dict.fromkeys(("initial_loss?", "max_grad_norm?", "spikes?", "spike_score?", "tokens_per_second?"), float),
+    **dict.fromkeys(("tokens?", "depth?", "parameters?", "body_parameters?", "active_parameters?"), float),
+    "flops_per_token?": float,
+    "overrides?": dict, "cell?": dict, "tables?": [str],
+    "collapse?": {name: [_NUMBER] for name in ("effective_rank", "skip_cost", "spectrum")},
+    "evaluation?": {str: {"metrics": {str: _METRIC}, "questions": int, "chance?": float, "questions_sha256?": str}},
+    "tolerated?": {"learned": bool, "rates": {f"{share:g}": _NUMBER for share in SHARES}},
+}  # fmt: skip
+_PROTOCOL = {"seeds?": [int], "pairs?": [[str]]}
+_RESULTS = {
+    "name?": str,
+    "recipe?": {"model?": dict, "train?": {"steps?": int, "learning_rate?": float},
+                "compare?": {"protocol?": _PROTOCOL}},
+    "versions?": dict, "machine?": dict, "data?": dict,
+}  # fmt: skip
+"""What a report needs of `results.json`; see `spannorm.files.checked`."""
+_MOST_STEPS = 10**12
+_STATES = ("waiting", "running", "stopped", "ok", "failed")
+
+
+def _parsed(text: str) -> Any:
+    """JSON in which NaN, Infinity and numbers that were never measured are unknown, like null."""
+
+    def number(digits: str) -> float | None:
+        return value if abs(value := float(digits)) < LARGEST else None
+
+    def whole(digits: str) -> int | None:
+        return None if number(digits) is None else int(digits)
+
+    return json.loads(text, parse_constant=lambda _: None, parse_int=whole, parse_float=number)
+
+
 def read_results(path: Path) -> dict[str, Any]:
+    """`results.json` with every text made plain and what is missing made null.
+
+    Raises:
+        InputError: it is missing, or a field has the wrong type; the field is named.
+    """
     redo = "give the folder that `spannorm compare RECIPE --out DIR` wrote"
     if not path.is_file():
         raise InputError(f"a report is drawn from results.json; there is none at {path}: {redo}.")
     try:
-        # NaN and Infinity are not JSON, though Python writes them: here they are unknown, like null.
-        results = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (ValueError, OSError) as error:
+        results: Any = plain_in(_parsed(read_text(path)))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON; reading it failed ({error}): {redo}.") from None
     arms = results.get("arms") if isinstance(results, dict) else None
     if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
         raise InputError(f"{path} must hold an object with a non-empty list `arms` of objects: {redo}.")
+    try:
+        checked(results, _RESULTS, str(path))
+        for number, arm in enumerate(arms):
+            checked({f"arms[{number}]": arm}, {f"arms[{number}]": _ROW}, str(path))
+    except InputError as error:
+        raise InputError(f"{error} {redo[0].upper()}{redo[1:]}.") from None
+    seen = set()
     for number, arm in enumerate(arms):
-        for key in ("job", "placement", "depth_rule", "status"):
-            if not isinstance(arm.get(key), str):
-                given = f"{arm[key]!r}" if key in arm else "missing"
-                raise InputError(f"{path}: `arms[{number}].{key}` must be text and is {given}: {redo}.")
         if Path(arm["job"]).name != arm["job"]:
             raise InputError(f"{path}: `arms[{number}].job` must be a folder's name and is {arm['job']!r}: {redo}.")
+        if arm["status"] not in _STATES:
+            raise InputError(
+                f"{path}: `arms[{number}].status` must be one of {', '.join(_STATES)} and is {arm['status']!r}: {redo}."
+            )
+        if arm["job"] in seen:
+            raise InputError(f"{path}: `arms[{number}].job` {arm['job']!r} stands there twice: {redo}.")
+        seen.add(arm["job"])
         for key in ("reason", "seed", "learning_rate"):
             arm.setdefault(key, None)
-        arm["overrides"] = arm.get("overrides") or {}
-        arm["tables"] = arm.get("tables") or [""]
-        arm["cell"], arm["stage"] = arm.get("cell") or {}, arm.get("stage") or ""
+        for key in ("collapse", "evaluation", "tolerated", "overrides", "cell"):
+            arm[key] = arm.get(key) or {}
+        arm["steps_done"] = arm.get("steps_done") or 0
+        arm["tables"], arm["stage"] = arm.get("tables") or [""], arm.get("stage") or ""
+        if arm["stage"] or arm["tolerated"]:
+            arm["arm"] = arm.get("arm") or f"{arm['placement']} {arm['depth_rule']}"
     sections = ("recipe", "versions", "machine", "data")
-    return {"name": str(results.get("name", path.parent.name)), "arms": arms} | {
-        key: results[key] if isinstance(results.get(key), dict) else {} for key in sections
+    return {"name": str(results.get("name") or plain(path.parent.name)), "arms": arms} | {
+        key: results.get(key) or {} for key in sections
     }
 
 
+_LINES = {
+    "records.jsonl": {"step": int, **dict.fromkeys(("loss?", "grad_norm?", "learning_rate?"), float),
+                      **{f"{name}?": float for name in ROUTING}},
+    "probes.jsonl": {"step": int, "signal_rms?": [_NUMBER], "gradient_rms?": [_NUMBER], "similarity?": [[_NUMBER]],
+                     "routing?": {"load?": [[_NUMBER]]}},
+}  # fmt: skip
+
+
 def _read_lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
-    """The lines by step. A line cut short by a crash is left out and counted; a step done again counts last."""
+    """The lines by step. A line that cannot be read is left out and counted; a step done again counts last."""
     if not path.is_file():
         return []
     lines, bad = {}, 0
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = read_text(path)
+    except InputError as error:
+        unread.append(plain(error))
+        return []
     for line in text.splitlines():
         try:
-            record = json.loads(line, parse_constant=lambda _: None)
-            lines[float(record["step"])] = record
-        except (ValueError, KeyError, TypeError):
+            record = checked(_parsed(line), _LINES[path.name], path.name)
+            if not 0 <= record["step"] < _MOST_STEPS:
+                raise ValueError(record["step"])
+            lines[record["step"]] = record
+        except (ValueError, RecursionError):
             bad += 1
     bad -= bool(bad and not text.endswith("\n"))  # the last line may still be being written
     if bad:
@@ -197,8 +270,10 @@ def read_run(directory: Path, job: Job, unread: list[str]) -> Run:
         return Series(pairs[:, 0], pairs[:, 1])
 
     def layers(key: str) -> tuple[Array, Array]:
-        rows = [[np.nan if v is None else v for v in probe[key]] for probe in probes if probe.get(key)]
-        return np.array([probe["step"] for probe in probes if probe.get(key)], dtype=np.float64), np.array(rows)
+        found = [probe for probe in probes if probe.get(key)]
+        found = [probe for probe in found if len(probe[key]) == len(found[0][key])]
+        rows = [[np.nan if v is None else v for v in probe[key]] for probe in found]
+        return np.array([probe["step"] for probe in found], dtype=np.float64), np.array(rows, dtype=np.float64)
 
     return Run(
         job["seed"],

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spannorm.errors import InputError
+from spannorm import folders
+from spannorm.console import PlainConsole, say
+from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
+from spannorm.folders import claim, sweep
 from spannorm.lab.plan import Job, Plan
 from spannorm.lab.report import draw_report
 from spannorm.lab.runner import Runner
@@ -32,6 +36,10 @@ from spannorm.train.evaluation import tasks_of
 from spannorm.train.recipe import DataRecipe, Recipe
 from spannorm.train.run import differences, model_config
 
+logger = logging.getLogger("spannorm")
+
+_MANY = 100
+"""Jobs beyond which planning them is worth a word."""
 COMPARISON, RESULTS = "comparison.json", "results.json"
 
 
@@ -57,9 +65,15 @@ def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once:
 
         try:
             runner.run(recipe.name, on_finish=lambda: record(False))
-        finally:
-            results = record(runner.complete())
-            draw_report(out)
+        except Stopped:
+            record(runner.complete())
+            try:
+                draw_report(out)
+            except InputError as error:  # what is in the way of the report is said, and the work stands
+                logger.warning("no report: %s", error)
+            raise
+        results = record(runner.complete())
+        draw_report(out)
     return results
 
 
@@ -78,15 +92,19 @@ def _opened(
     recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
+    claim(out, folders.COMPARISON)
     plan = Plan(recipe)
     make_folder(out)
     with alone_in(out), writing_to(out):
+        sweep(out)
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
+        if len(jobs) > _MANY:
+            say(PlainConsole(stderr=True), f"{len(jobs):,} jobs are planned; the text is made ready")
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
         tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
-        for job in jobs:
-            model_config(job.recipe, tokens[job.recipe.data])
+        for (_, which), job in {(id(job.config), job.recipe.data): job for job in jobs}.items():
+            model_config(job.recipe, tokens[which])
         _check_tasks(jobs, tokens)
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
@@ -97,7 +115,7 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
     """Load what jobs are evaluated on, once each, before any of them is run."""
     seen = set()
     for job in jobs:
-        t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
+        t, context = job.recipe.train, job.config.max_position_embeddings
         which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
         if t.evaluate and which not in seen:
             tasks_of(t, tokens[job.recipe.data], context)
@@ -105,15 +123,13 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
 
 
 def _check_same_comparison(recipe: Recipe, out: Path) -> None:
-    if (out / COMPARISON).is_file():
+    if claim(out, folders.COMPARISON):
         there = read_json(out / COMPARISON)["recipe"]
         different = differences(there, json.loads(json.dumps(recipe.to_dict())))
         if different:
             raise InputError(
                 f"{out} already holds another comparison: {'; '.join(different)}. Choose another --out folder."
             )
-    elif (out / "run.json").is_file():
-        raise InputError(f"{out} already holds a single run: choose another --out folder.")
 
 
 def _outcome(recipe: Recipe, arms: list[dict[str, Any]]) -> dict[str, Any]:

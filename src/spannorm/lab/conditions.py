@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.lab.arms import Arm, Look
+from spannorm.lab.arms import LARGEST, Arm, Look
 from spannorm.lab.figures import MAX_ARMS, Drawing
 from spannorm.lab.panels import limits, panels, plain_log
 from spannorm.lab.statistics import estimate
@@ -40,10 +40,22 @@ def _axes(cells: Sequence[Cell]) -> list[str]:
     found: list[str] = []
     for key in keys:
         values = [cell.get(key) for cell in cells]
-        varies = all(isinstance(v, int | float) for v in values) and len(set(values)) > 1
+        varies = all(_number(v) for v in values) and len(set(values)) > 1
         if varies and all(key in _others(cells, axis) for axis in found):
             found.append(key)
     return found
+
+
+def _number(value: Any) -> bool:
+    """Whether a figure can have it on an axis: true and false are names, not 1 and 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _scale(ax: Any, known: Sequence[float]) -> None:
+    """A log axis where every value has a logarithm, else a linear one; each value is marked."""
+    ax.set_xscale("log" if known[0] > 0 else "linear")
+    ax.set_xticks(known, [f"{value:g}" for value in known])
+    ax.minorticks_off()
 
 
 def _others(cells: Sequence[Cell], key: str) -> list[str]:
@@ -92,10 +104,8 @@ def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], 
     name = key.rpartition(".")[2]
     what = _NAMES.get(name, name)
     for ax in axes:
-        ax.set_xscale("log")
-        ax.set_xticks(known, [f"{value:g}" for value in known])
-        ax.minorticks_off()
-        ax.set_xlabel(what)
+        _scale(ax, known)
+        ax.set_xlabel(what, parse_math=False)
     axes[0].set(title="loss at its best learning rate", ylabel="loss (nats per token)")
     axes[1].set(title="best learning rate", yscale="log")
     plain_log(axes[1].yaxis)
@@ -132,11 +142,15 @@ def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], 
     ax.set_ylim(low, peak * 1.5)
     end = {}
     for i, arm in enumerate(arms):
-        shift = 1 + 0.012 * (i - len(arms) / 2) if key else 1 + 0.03 * (i - len(arms) / 2)
+        apart = i - len(arms) / 2  # arms at one value stand side by side
         points = []
         mine = [t for t in found if t.arm == f"{arm.placement} {arm.variant}"]
         for t in sorted(mine, key=lambda t: t.cell[key] if key else 0):
-            x, rate = (t.cell[key] if key else 1) * shift, t.rate()
+            x, rate = t.cell[key] if key else 1, t.rate()
+            if key and known[0] <= 0:
+                x += 0.006 * apart * (known[-1] - known[0])
+            else:
+                x *= 1 + (0.012 if key else 0.03) * apart
             if not t.rates[f"{SHARE:g}"]:
                 ax.plot(x, low, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False)
             elif rate is None:
@@ -151,10 +165,8 @@ def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], 
                         color=arm.look.color)  # fmt: skip
         ax.plot(*_columns(points), marker="o", markersize=4.5, linewidth=1.3, label=arm.label, **arm.look.line)
     if key:
-        ax.set_xscale("log")
-        ax.set_xticks(known, [f"{value:g}" for value in known])
-        ax.minorticks_off()
-        ax.set_xlabel(_NAMES.get(key.rpartition(".")[2], key.rpartition(".")[2]))
+        _scale(ax, known)
+        ax.set_xlabel(_NAMES.get(key.rpartition(".")[2], key.rpartition(".")[2]), parse_math=False)
     else:
         ax.set_xticks([])
     ax.set_ylabel("learning rate")

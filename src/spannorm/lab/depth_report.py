@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from spannorm import theory
-from spannorm.console import wide_console
+from spannorm.console import Grid, say, wide_console
 from spannorm.files import write_json
 from spannorm.lab.depth_theory import Case
 
@@ -36,7 +35,7 @@ TITLE = (
 def progress(count: int) -> Iterator[Callable[[Case], None]]:
     """A live line that is told of every stack as it begins."""
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=wide_console(), transient=True,
     )  # fmt: skip
     with bar:
@@ -58,32 +57,34 @@ def show(
 ) -> None:
     """Print the table and the words; write the numbers and the figure (.png or .svg) where asked."""
     console = console or wide_console()
-    console.print(table(results["rows"]))
+    console.print(table(results["rows"]).fitted(console))
     sentences = words(chosen, results)
     for sentence in sentences:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        say(console, sentence)
     if json_file:
         write_json(json_file, {**results, "words": sentences})
     if plot:
         from spannorm.lab.depth_figures import draw  # Matplotlib
 
         for file in draw(chosen, results, plot):
-            console.print(f"drawn: {file}", highlight=False, soft_wrap=True)
+            say(console, f"drawn: {file}")
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def table(rows: Sequence[Mapping[str, Any]]) -> Grid:
     """A line per stack and step; predicted, then measured, where there are both."""
-    made = Table(title=TITLE, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    made = Grid(TITLE)
     for heading in ("placement", "depth rule"):
-        made.add_column(heading, no_wrap=True)
+        made.column(heading)
     found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[k] for k in ("placement", "depth_rule", "depth", "step")), {})[row["quantity"]] = row
     shown = [q for q in COLUMNS if any(q in cells for cells in found.values())]
-    for heading in ("blocks", "step", *(COLUMNS[q] for q in shown)):
-        made.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("blocks", "step"):
+        made.column(heading, "number")
+    for quantity in shown:
+        made.column(COLUMNS[quantity], "number" if quantity in ("total_gain", "loss") else "spare")
     for (placement, rule, depth, step), cells in found.items():
-        made.add_row(placement, rule, str(depth), str(step), *(_cell(cells.get(q)) for q in shown))
+        made.row(placement, rule, str(depth), str(step), *(_cell(cells.get(q)) for q in shown))
     return made
 
 

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from spannorm.lab.arms import Arm
+from spannorm.lab.arms import Arm, Run
 from spannorm.lab.figures import MAX_ARMS, Drawing
 from spannorm.lab.panels import (
     WIDTH,
@@ -39,7 +39,9 @@ def draw_layers(arms: Sequence[Arm]) -> list[Drawing]:
 def _through(arms: Sequence[Arm]) -> Drawing | None:
     """Layer against step, a pair of maps per arm."""
     maps = {
-        arm.label: next((run.through for run in arm.shown if len(run.through["gradient_rms"][0]) > 2), None)
+        arm.label: next(
+            (run.through for run in arm.shown if all(len(run.through[key][0]) > 2 for key in _THROUGH)), None
+        )
         for arm in arms
     }
     arms = [arm for arm in arms if maps[arm.label] is not None][:_MOST_MAPS]
@@ -100,6 +102,11 @@ def _through(arms: Sequence[Arm]) -> Drawing | None:
     return Drawing("through_training", "Gradient and signal through training", caption, fig)
 
 
+def _several(run: Run) -> bool:
+    """Whether there are probes enough for both maps."""
+    return all(len(run.through[key][0]) > 2 for key in _THROUGH)
+
+
 def _collapse(arms: Sequence[Arm]) -> Drawing | None:
     arms = [arm for arm in arms if any(run.collapse for run in arm.shown)]
     if not arms:
@@ -143,7 +150,9 @@ def draw_ramps(arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:
     if not arms:
         return []
     peak = max(run.learning_rate.values[-1] for arm in arms for run in arm.runs if len(run.learning_rate.steps))
-    last = max(run.loss.steps[-1] for arm in arms for run in arm.runs if len(run.loss.steps))
+    last = max((run.loss.steps[-1] for arm in arms for run in arm.runs if len(run.loss.steps)), default=0)
+    if not (last and peak > 0):
+        return []
     grid = np.unique(np.linspace(1, last, _POINTS).round())
     fig, (ax,), label = panels(1, arms)
     end, lows, ends = {}, [], []

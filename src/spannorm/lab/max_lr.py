@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from spannorm.console import wide_console
+from spannorm.console import Grid, wide_console
 from spannorm.lab.plan import RATE
 from spannorm.lab.summary import condition
 from spannorm.lab.tolerance import tolerances
@@ -34,15 +33,15 @@ def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
 
 def print_tolerances(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print each arm's rate by condition, and how it moves with the threshold."""
-    table = Table(title="largest tolerable learning rate (when a share of what was learned is lost again)", box=None)
-    table.title_justify = "left"
+    grid = Grid("largest tolerable learning rate (when a share of what was learned is lost again)")
     for heading in ("condition", "arm"):
-        table.add_column(heading, no_wrap=True)
+        grid.column(heading)
     for share in SHARES:
-        table.add_column(f"{share:.0%} lost", justify="right", no_wrap=True)
-    table.add_column(f"{SHARE:.0%} lost, over seeds", justify="right", no_wrap=True)
+        grid.column(f"{share:.0%} lost", "spare")
+    grid.column(f"{SHARE:.0%} lost, over seeds", "note")
     for t in tolerances(rows):
         place = ", ".join(filter(None, [t.table, condition(t.cell)]))
         rates = [t.rate(share) for share in SHARES]
-        table.add_row(place, t.arm, *("–" if rate is None else f"{rate:.2e}" for rate in rates), t.words)
-    (console or wide_console()).print(table)
+        grid.row(place, t.arm, *("–" if rate is None else f"{rate:.2e}" for rate in rates), t.words)
+    console = console or wide_console()
+    console.print(grid.fitted(console))

@@ -91,6 +91,7 @@ def cross(ax: Any, x: float, y: float, arm: Arm) -> None:
 
 def band(x: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
     """Mean, least and greatest over the rows, where at least one is finite."""
+    rows = [row for row in rows if len(row) == len(x)]
     if not rows:
         return (np.empty(0),) * 4
     table = np.stack(rows)
@@ -106,6 +107,7 @@ def smooth(series: Series, window: int, at: Array) -> Array:
     count = len(series.values)
     if not count:
         return np.full(len(at), np.nan)
+    window = min(window, count)
     mean = np.convolve(series.values, np.ones(window))[:count] / np.minimum(np.arange(count) + 1, window)
     return np.interp(at, series.steps, mean, right=np.nan)
 

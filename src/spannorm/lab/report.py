@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ import matplotlib
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from spannorm.errors import InputError
 from spannorm.files import write_bytes, write_text, writing_to
+from spannorm.folders import own_folder
 from spannorm.lab.ablation import Ablation, ablation
 from spannorm.lab.answers import Answers, answers
 from spannorm.lab.arms import Arm, Job, group_jobs, looks, read_results, values_of
@@ -28,10 +31,11 @@ from spannorm.lab.layers import draw_layers, draw_ramps
 from spannorm.lab.panels import STYLE
 from spannorm.lab.routing import draw_routing
 from spannorm.lab.rows import Row, arms_and_rows, strip
-from spannorm.lab.sheets import sheet
+from spannorm.lab.sheets import HEADER, sheet
 from spannorm.lab.summary import condition, summarize, verdict_lines
 from spannorm.lab.tolerance import Tolerance, tolerance_lines, tolerances
 from spannorm.lab.words import about, behind, count, number
+from spannorm.text import file_name
 from spannorm.train.health import CRITERIA
 from spannorm.train.ramp import SHARES
 
@@ -75,12 +79,15 @@ def draw_report(directory: Path) -> Path:
     }
     look = looks(dict.fromkeys(key for groups in parts.values() for key in groups))
     ramps = tolerances(jobs)
+    page_file = directory / "report.html"
+    if os.path.lexists(page_file) and not _begins(page_file, "spannorm", within=1 << 16):
+        raise InputError(f"{page_file} was not written by this command: move it to another place.")
     sections, by_table = [], dict[str, list[tuple[Mapping[str, Any], list[Arm]]]]()
     with writing_to(directory), matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that DejaVu lacks is drawn as boxes in the PNG; the SVG and the table have it right.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        folder = directory / "figures"
-        folder.mkdir(exist_ok=True)
+        # A name in a script that DejaVu lacks is drawn as boxes in the PNG; the SVG and the table have it right. And
+        # what is too large, or alike, to have an axis of its own is drawn all the same.
+        warnings.simplefilter("ignore")
+        folder = _Folder(directory / "figures")
         for i, ((table, cell), groups) in enumerate(parts.items()):
             arms, rows = arms_and_rows(directory, groups, look, unread)
             by_table.setdefault(table, []).append((json.loads(cell), arms))
@@ -90,15 +97,12 @@ def draw_report(directory: Path) -> Path:
             detailed = len(parts) <= _DETAILED + 1 or i in (0, len(parts) - 1)
             drawings = draw_ramps(arms, unigram) if ramps else draw_rates(arms)
             drawings += _details(arms, unigram, bool(ramps)) if detailed else []
-            sections.append(_section(name, arms, [] if ramps else rows, _saved(drawings, folder, name)))
+            sections.append(_section(name, arms, [] if ramps else rows, folder.save(drawings, name)))
         across = []
         for table, races in by_table.items():
             mine = [t for t in ramps if t.table == table]
-            if mine:
-                drawn = draw_tolerances(mine, look, float(results["recipe"]["train"]["learning_rate"]))
-            else:
-                drawn = draw_conditions(races)
-            across += _saved(drawn, folder, table)
+            drawn = draw_tolerances(mine, look, _peak(results, mine)) if mine else draw_conditions(races)
+            across += folder.save(drawn, table)
     page = _environment().get_template("report.html.jinja").render(
         results=results,
         about=about(results, len({(table, *key) for (table, _), groups in parts.items() for key in groups})),
@@ -115,10 +119,19 @@ def draw_report(directory: Path) -> Path:
         unigram=next(iter(values_of(jobs, "unigram_loss")), None),
         criteria=CRITERIA,
     )  # fmt: skip
-    path = directory / "report.html"
     with writing_to(directory):
-        write_text(path, page)
-    return path
+        write_text(page_file, page)
+    return page_file
+
+
+def _peak(results: Mapping[str, Any], found: Sequence[Tolerance]) -> float:
+    """Where the ramps ended; as far as they came, where the recipe does not say."""
+    peak = (results["recipe"].get("train") or {}).get("learning_rate")
+    return float(peak) if peak and peak > 0 else max((rate for t in found for rate in _all(t)), default=1.0)
+
+
+def _all(found: Tolerance) -> list[float]:
+    return [rate for rates in found.rates.values() for rate in rates if rate]
 
 
 def _environment() -> Environment:
@@ -134,7 +147,7 @@ def _verdict(results: Mapping[str, Any], ramps: Sequence[Tolerance]) -> list[str
     if ramps:
         return tolerance_lines(ramps)
     protocol = (results["recipe"].get("compare") or {}).get("protocol") or {}
-    return verdict_lines(summarize(results["arms"], protocol["pairs"])) if protocol.get("seeds") else []
+    return verdict_lines(summarize(results["arms"], protocol.get("pairs") or [])) if protocol.get("seeds") else []
 
 
 def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Drawing]:
@@ -156,27 +169,72 @@ def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) 
     )
 
 
-def _saved(drawings: Sequence[Drawing], folder: Path, name: str) -> Figures:
-    stem = re.sub(r"\W+", "_", name)
-    named = [replace(drawing, name=f"{stem}_{drawing.name}" if stem else drawing.name) for drawing in drawings]
-    return [(drawing, _save(drawing, folder)) for drawing in named]
+class _Folder:
+    """`figures/`, into which figures go as PNG, SVG and CSV under names of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = own_folder(path)
+        self.names: set[str] = set()
+
+    def save(self, drawings: Sequence[Drawing], where: str) -> Figures:
+        """Write figures of one table and condition, and return them with their SVG as it goes into the page."""
+        stem = file_name(where)
+        named = [replace(d, name=self._free(f"{stem}_{d.name}" if stem else d.name)) for d in drawings]
+        return [(drawing, self._save(drawing)) for drawing in named]
+
+    def _free(self, wanted: str) -> str:
+        name, number = file_name(wanted, 150), 1
+        while name.lower() in self.names:
+            number += 1
+            name = f"{file_name(wanted, 150)}-{number}"
+        self.names.add(name.lower())
+        return name
+
+    def _save(self, drawing: Drawing) -> str:
+        png, raw = io.BytesIO(), io.BytesIO()
+        drawing.figure.savefig(png, format="png", dpi=180)
+        drawing.figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        # A hundredth of a point cannot be seen, and six decimals are half of the file.
+        svg = _in_tags(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), raw.getvalue().decode())
+        files = [self.path / f"{drawing.name}.{kind}" for kind in ("csv", "png", "svg")]
+        if any(map(os.path.lexists, files)) and not _begins(files[0], ",".join(HEADER)):
+            raise InputError(f"{files[0].with_suffix('')}.* was not drawn by this command: move it to another place.")
+        write_text(files[0], sheet(drawing.figure))  # first: by it the other two are known as ours
+        write_bytes(files[1], png.getvalue())
+        write_bytes(files[2], svg.encode())
+        return _inlined(svg, drawing.name)
 
 
-def _save(drawing: Drawing, folder: Path) -> str:
-    """Write a figure as PNG, SVG and CSV, and return the SVG as it goes into the page."""
-    png, raw = io.BytesIO(), io.BytesIO()
-    drawing.figure.savefig(png, format="png", dpi=180)
-    drawing.figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    # A hundredth of a point cannot be seen, and six decimals are half of the file.
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), raw.getvalue().decode())
-    write_bytes(folder / f"{drawing.name}.png", png.getvalue())
-    write_bytes(folder / f"{drawing.name}.svg", svg.encode())
-    write_text(folder / f"{drawing.name}.csv", sheet(drawing.figure))
+def _begins(path: Path, words: str, within: int = 0) -> bool:
+    """Whether a file is one of ours: it begins with the words, or holds them within so many bytes."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(max(len(words.encode()), within)).decode(errors="replace")
+    return words in head if within else head == words
+
+
+def _in_tags(pattern: str, new: str | Callable[[re.Match[str]], str], svg: str, count: int = 0) -> str:
+    """`re.sub` inside the tags alone: what stands between them is a stranger's text."""
+    left = [count]
+
+    def tag(found: re.Match[str]) -> str:
+        if count and not left[0]:
+            return found[0]
+        text, done = re.subn(pattern, new, found[0], count=left[0])
+        left[0] -= done if count else 0
+        return text
+
+    return re.sub(r"<[^>]*>", tag, svg)
+
+
+def _inlined(svg: str, name: str) -> str:
+    """An SVG file as a part of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", svg, count=4)
+    svg = _in_tags(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", svg, count=4)
     # Several figures share a page: what one calls `clip1` must not be another's. Most ids name nothing used.
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{drawing.name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-labelledby="title-{drawing.name}"', 1)
+    used = {n for tag in re.findall(r"<[^>]*>", svg) for n in re.findall(r'(?:url\(#|href="#)([^")]+)', tag)}
+    svg = _in_tags(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = _in_tags(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-labelledby="title-{name}"', 1)

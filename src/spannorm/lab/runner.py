@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -16,14 +15,17 @@ from typing import IO, Any
 import torch
 import yaml
 
-from spannorm.errors import Stopped
+import spannorm
+from spannorm.errors import Interrupted, Stopped
 from spannorm.files import read_json, write_text
+from spannorm.folders import own_folder
 from spannorm.lab.plan import Done, Job
+from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
 from spannorm.train.environment import cores
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import RECORDS
-from spannorm.train.run import RESULT, model_config, run_recipe
+from spannorm.train.run import RESULT, RESULT_SHAPE, run_recipe
 
 Planner = Callable[[Done], list[Job]]
 
@@ -58,7 +60,7 @@ class Runner:
             self.jobs = self.plan({name: _outcome(result) for name, result in self.results.items()})
             for job in self.jobs:
                 if job.name not in self.rows:
-                    self.rows[job.name] = Row.of(job.recipe, model_config(job.recipe))
+                    self.rows[job.name] = Row.of(job.recipe, job.config)
                     self._read[job.name] = 0
                     self._follow(job)
 
@@ -76,9 +78,9 @@ class Runner:
                         board.rows = list(self.rows.values())
                         on_finish()
                     board.refresh()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Interrupted) as stop:
                 self._stop()
-                raise Stopped("stopped, every running job saved") from None
+                raise Stopped("stopped, every running job saved", getattr(stop, "exit_code", 130)) from None
             finally:
                 board.refresh()
 
@@ -92,9 +94,10 @@ class Runner:
     def _prepared(self, job: Job) -> list[str]:
         """Write a job's recipe and return the command that runs it."""
         folder = self.folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder.parent)
+        own_folder(folder)
         write_text(folder / "recipe.yaml", yaml.safe_dump(run_recipe(job.recipe), sort_keys=False))
-        command = [sys.executable, "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
+        command = [sys.executable, "-P", "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
         command += ["--data", str(self.data[job.recipe.data])]
         return command + [word for path in self.imports for word in ("--import", str(path))]
 
@@ -104,11 +107,13 @@ class Runner:
     def _start(self, job: Job) -> None:
         command = [*self._prepared(job), "--worker"]
         place = self._free.pop(0)
-        log = open(self.folder(job) / "log.txt", "ab")  # noqa: SIM115 — closed when the job has ended
+        # not through a symbolic link; closed when the job has ended
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        log = open(os.open(self.folder(job) / "log.txt", flags, 0o666), "ab")  # noqa: SIM115
         # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
         process = subprocess.Popen(
             command,
-            env={**os.environ, **place},
+            env={**os.environ, "PYTHONPATH": _python_path(), **place},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -126,10 +131,11 @@ class Runner:
             row.restart()
         row.add(records)
         if (folder / RESULT).is_file() and (code is not None or job.name not in self._running):
-            result = self.results[job.name] = read_json(folder / RESULT)
-            for checkpoint in folder.glob("checkpoint-*"):  # a finished run is only read: hundreds would fill a disk
-                shutil.rmtree(checkpoint)
+            result = self.results[job.name] = read_json(folder / RESULT, RESULT_SHAPE)
+            rotate(folder, keep=0)  # a finished run is only read: hundreds would fill a disk
             row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
+        elif code in (75, 130):  # a scheduler stops every process, and a job has saved
+            row.status = "stopped"
         elif code is not None:
             row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
         if code is None:
@@ -176,6 +182,13 @@ class Runner:
             }
             rows.append({**known, **self.results.get(job.name, {})})
         return rows
+
+
+def _python_path() -> str:
+    """Where a worker finds this package. `-P` keeps the current directory out of its search: only what was installed
+    or named is imported."""
+    here, given = str(Path(spannorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(filter(None, [*given, here])))
 
 
 def _outcome(result: Mapping[str, Any]) -> float | None:

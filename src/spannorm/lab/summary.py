@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spannorm.lab.arms import LARGEST
 from spannorm.lab.statistics import Estimate, estimate, paired, sensitivity, verdict
 
 Row = Mapping[str, Any]
@@ -71,7 +72,7 @@ class Race:
 def condition(cell: Mapping[str, Any]) -> str:
     """A condition in words: `16 blocks, width 64`."""
     names = {key.rpartition(".")[2]: value for key, value in cell.items()}
-    return ", ".join(_SHORT.get(name, f"{name} {{}}").format(value) for name, value in names.items())
+    return ", ".join(_SHORT[n].format(value) if n in _SHORT else f"{n} {value}" for n, value in names.items())
 
 
 def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]:
@@ -95,11 +96,16 @@ def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]
 def arms_named(name: str, arms: Iterable[str]) -> list[str]:
     """The arms that a name means: the one of that full name, or all of that placement."""
     arms = list(arms)
-    return [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[0] == name]
+    return [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[:1] == [name]]
 
 
 def _held(rows: Sequence[Row], key: str) -> dict[int, float]:
-    return {row["seed"]: row[key] for row in rows if row["status"] == "ok" and row.get(key) is not None}
+    held = [row for row in rows if row["status"] == "ok" and row["seed"] is not None and _number(row.get(key))]
+    return {row["seed"]: row[key] for row in held}
+
+
+def _number(value: float | None) -> bool:
+    return value is not None and abs(value) < LARGEST
 
 
 def _confirmed(rows: Sequence[Row]) -> list[Row]:
@@ -107,20 +113,20 @@ def _confirmed(rows: Sequence[Row]) -> list[Row]:
 
 
 def _standing(arm: str, rows: Sequence[Row]) -> Standing:
-    choice = sorted((row for row in rows if row["stage"] == "choice"), key=lambda row: row["learning_rate"])
+    choice = sorted((row for row in rows if row["stage"] == "choice"), key=lambda row: row["learning_rate"] or 0)
     ended = all(row["status"] in ("ok", "failed") for row in choice)
-    held = [row for row in choice if row["status"] == "ok"]
+    held = [row for row in choice if row["status"] == "ok" and _number(row.get("val_loss"))]
     best = min(held, key=lambda row: row["val_loss"])["learning_rate"] if held and ended else None
     confirmed = _confirmed(rows)
-    initial = next((row["initial_loss"] for row in choice if row.get("initial_loss") is not None), None)
-    losses = {row["learning_rate"]: row.get("val_loss") for row in choice}
+    initial = next((row["initial_loss"] for row in choice if _number(row.get("initial_loss"))), None)
+    losses = {row["learning_rate"]: row["val_loss"] if _number(row.get("val_loss")) else None for row in choice}
     steps = sum(row["steps_done"] for row in confirmed)
     return Standing(
         arm=arm,
         trials=len(choice),
         learning_rate=best,
-        edge=best in (choice[0]["learning_rate"], choice[-1]["learning_rate"]),
-        failed_rates=[row["learning_rate"] for row in choice if row["status"] == "failed"],
+        edge=best is not None and best in (choice[0]["learning_rate"], choice[-1]["learning_rate"]),
+        failed_rates=[row["learning_rate"] or 0 for row in choice if row["status"] == "failed"],
         sensitivity=sensitivity(losses, initial) if ended and initial is not None else None,
         test_loss=estimate(list(_held(confirmed, "test_loss").values())),
         val_loss=estimate(list(_held(confirmed, "val_loss").values())),
@@ -133,7 +139,7 @@ def _standing(arm: str, rows: Sequence[Row]) -> Standing:
 def _pair(first: str, second: str, arms: Mapping[str, list[Row]]) -> Pair:
     ended = {name: _confirmed(arms[name]) for name in (first, second)}
     choices = {name: [row for row in arms[name] if row["stage"] == "choice"] for name in (first, second)}
-    hopeless = [name for name, rows in choices.items() if all(row["status"] == "failed" for row in rows)]
+    hopeless = [name for name, rows in choices.items() if rows and all(row["status"] == "failed" for row in rows)]
     difference = paired(_held(ended[first], "test_loss"), _held(ended[second], "test_loss"))
     if hopeless:
         words = f"{' and '.join(hopeless)} failed at every learning rate: no difference in loss is claimed"
@@ -156,7 +162,7 @@ def verdict_lines(races: Sequence[Race]) -> list[str]:
     if pairs > 1:
         lines.append(f"{pairs} intervals of 95% each: about one in twenty misses the truth by chance alone.")
     standings = [(where(race), s) for race in races for s in race.standings]
-    lost = [(place, s.arm) for place, s in standings if len(s.failed_rates) == s.trials]
+    lost = [(place, s.arm) for place, s in standings if len(s.failed_rates) == s.trials > 0]
     lines += _listed("Failed at every learning rate", lost)
     edge = [(place, s.arm) for place, s in standings if s.edge]
     lines += _listed("Best on the edge of the grid, so possibly better beyond", edge)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from spannorm.console import wide_console
+from spannorm.console import Grid, say, wide_console
 from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
 from spannorm.lab.summary import condition, summarize, verdict_lines
@@ -23,17 +22,19 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
     for table_name, cell in keys:
         name = ", ".join(filter(None, [table_name, condition(json.loads(cell))]))
         title = f"{results['name']}{', ' if name else ''}{name}: validation loss in nats per token"
-        table = Table(title=title, title_justify="left", box=None)
+        grid = Grid(title)
         for heading in ("placement", "depth rule"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("lr", "seed", "val loss", "bits/byte", "test loss", "max grad", "spikes", "tokens/s"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("")
+            grid.column(heading)
+        for heading in ("lr", "seed", "val loss"):
+            grid.column(heading, "number")
+        for heading in ("bits/byte", "test loss", "max grad", "spikes", "tokens/s"):
+            grid.column(heading, "spare")
+        grid.column("", "note")
         mine = [a for a in results["arms"] if table_name in a["tables"] and json.dumps(a["cell"]) == cell]
         groups = group_jobs(mine)
         rows = [(arm, variant) for (_, variant), rates in groups.items() for group in rates.values() for arm in group]
         for arm, variant in sorted(rows, key=lambda row: by_loss(row[0])):
-            table.add_row(
+            grid.row(
                 arm["placement"],
                 variant,
                 f"{arm['learning_rate']:g}",
@@ -47,12 +48,12 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
                 f"failed: {arm['reason']}" if arm["status"] == "failed" else arm["status"],
                 style="red" if arm["status"] == "failed" else "",
             )
-        console.print(table)
+        console.print(grid.fitted(console))
     protocol = results["recipe"]["compare"]["protocol"]
     if protocol["seeds"]:
         for line in verdict_lines(summarize(results["arms"], protocol["pairs"])):
-            console.print(f"• {line}", highlight=False)
-    console.print(f"results  {out / RESULTS}\nreport   {out / 'report.html'}", highlight=False, soft_wrap=True)
+            say(console, f"• {line}")
+    say(console, f"results  {out / RESULTS}\nreport   {out / 'report.html'}")
 
 
 def by_loss(arm: dict[str, Any]) -> tuple[bool, float]:

@@ -41,7 +41,7 @@ def behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -
         look = "" if len(fresh) >= CLAIM else f": a look, not a claim, which takes {CLAIM} seeds"
         rates: dict[str, set[float]] = {}
         for job in jobs:
-            rates.setdefault(f"{job['tables']} {job['cell']} {job['arm']}", set()).add(job["learning_rate"])
+            rates.setdefault(f"{job['tables']} {job['cell']} {job.get('arm')}", set()).add(job["learning_rate"])
         tried = sorted({len(of) for of in rates.values()})
         text = f"Each arm had {_span(tried, 'learning rate')} on one seed and the validation split; what it came to is "
         return f"{text}measured on {plural(len(fresh), 'fresh seed')} and the test split{look}. {told}"

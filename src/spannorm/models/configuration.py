@@ -11,6 +11,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from spannorm.auto_code import AUTO_CODE, write_auto_code
 from spannorm.errors import InputError, unknown
+from spannorm.named_code import check_configuration
 from spannorm.placements import Stack
 from spannorm.scaling import BASE_INITS
 
@@ -114,6 +115,7 @@ class SpanNormConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Transformers' own, which takes no key that the configuration lacks: a dense one lacks those of mixtures."""
+        check_configuration(config_dict, config_dict.get("_name_or_path") or "config.json")
         given = {key: kwargs.pop(key) for key in ("num_experts", *MIXTURE_KEYS) if key in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 

@@ -24,6 +24,7 @@ from spannorm import models
 from spannorm.auto_code import AUTO_CODE
 from spannorm.errors import InputError
 from spannorm.files import make_folder, read_json, read_jsonl, write_json, write_text, writing_to
+from spannorm.loading import opening
 from spannorm.publishing.bundle import model_file
 from spannorm.publishing.card import CURVES, RECEIPT, Facts, draw_curves, model_card
 from spannorm.rewiring.configuration import MODEL_TYPE as REWIRED
@@ -58,7 +59,7 @@ def publish(directory: Path, to: str | None = None, *, private: bool = True) -> 
             return _upload(Path(temporary), name, private)
     out = Path(os.path.abspath(to or directory / "published"))
     empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not empty and not (out / PUBLISHED).is_file():
+    if out.is_symlink() or (out.exists() and not empty and not (out / PUBLISHED).is_file()):
         raise InputError(f"{out} holds something else than a published model: choose another folder with --to.")
     make_folder(out.parent)
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
@@ -66,6 +67,8 @@ def publish(directory: Path, to: str | None = None, *, private: bool = True) -> 
         with writing_to(out.parent):
             new.mkdir()
             _fill(new, directory, directory.absolute().name if to is None else out.name)
+            if out.exists() and not empty:
+                _check_ours(out, new)
             if out.exists():
                 out.rename(old)
             new.rename(out)
@@ -77,12 +80,25 @@ def publish(directory: Path, to: str | None = None, *, private: bool = True) -> 
     return str(out)
 
 
+def _check_ours(out: Path, new: Path) -> None:
+    """Refuse to replace a folder that holds more than what publishing wrote."""
+    before = read_json(out / PUBLISHED, {"spannorm": str, "placement": str, "files?": [str]}).get("files") or ()
+    ours = {path.name for path in new.iterdir()} | set(before)
+    strange = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    if strange:
+        raise InputError(
+            f"{out} holds more than a published model ({', '.join(strange[:5])}), which would be lost: move it out, "
+            "or choose another folder with --to."
+        )
+
+
 def _fill(out: Path, directory: Path, name: str) -> None:
     """Write everything into an empty folder."""
     path = model_folder(directory)
-    kind = _class_of(path)
     quiet()
-    model = kind.from_pretrained(path)
+    with opening(path):
+        kind = _class_of(path)
+        model = kind.from_pretrained(path)
     config = model.config
     code = model_file(config.placement)
     model.save_pretrained(out)
@@ -103,6 +119,7 @@ def _fill(out: Path, directory: Path, name: str) -> None:
     )  # fmt: skip
     write_text(out / "README.md", model_card(facts))
     write_json(out / PUBLISHED, {
+        "files": sorted([PUBLISHED, *(path.name for path in out.iterdir())]),
         "spannorm": spannorm.__version__,
         "placement": config.placement,
         f"{AUTO_CODE}_sha256": hashlib.sha256(code.encode()).hexdigest(),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from spannorm.adopt import adopt, adopted_class
 from spannorm.errors import InputError
 from spannorm.inner_norms import READ_BY
+from spannorm.named_code import check_configuration
 from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
 from spannorm.rewiring.families import Family, family_of
 from spannorm.rewiring.rewire import rewire
@@ -63,6 +64,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 def config_of(saved: dict[str, Any]) -> Any:
     """The family's configuration, with `rewiring`, from what `config.json` says."""
+    check_configuration(saved, "config.json")
     keys = saved.get("config", saved)  # up to 0.1 the family's keys stood one level down
     ours = ("model_type", "family", "rewiring", "transformers_weights", "auto_map")
     config = AutoConfig.for_model(saved["family"], **{k: v for k, v in keys.items() if k not in ours})

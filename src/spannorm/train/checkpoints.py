@@ -1,12 +1,17 @@
-"""Checkpoints that are complete or not used: each is sealed with the fingerprints of its files when all are written."""
+"""Checkpoints that are complete or not used: each is sealed with the fingerprints of its files when all are written.
+
+`checkpoints.json` lists those that the run has begun to write. Only these are ever removed: a copy of a checkpoint, or
+another run's, is somebody's and stays.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,23 +30,82 @@ from spannorm.train.processes import is_first, wait_for_all
 logger = logging.getLogger("spannorm")
 
 SEAL = "complete.json"
+LIST = "checkpoints.json"
+KEPT = 2
+"""Checkpoints of a run that stay on disk."""
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache")
 """Keys of a configuration that may differ between a run and its checkpoint: Trainer turns the cache off."""
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 class Sealer(TrainerCallback):
-    """Writes the seal as the last file of every checkpoint."""
+    """Writes the seal as the last file of every checkpoint, and removes the run's older ones."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         wait_for_all()  # each process writes files of its own
         if is_first():
-            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            folder = Path(str(args.output_dir))
+            seal(folder / f"checkpoint-{state.global_step}")
+            rotate(folder)
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as complete: the size and SHA-256 of each of its files."""
+    """Mark a checkpoint as complete: its step, and the size and SHA-256 of each of its files."""
     (checkpoint / "training_args.bin").unlink(missing_ok=True)  # Trainer's, a pickle that nobody reads
-    write_json(checkpoint / SEAL, {"files": {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}})
+    files = {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}
+    write_json(checkpoint / SEAL, {"step": step_of(checkpoint), "files": files})
+
+
+def begin(checkpoint: Path) -> None:
+    """List a checkpoint that is about to be written.
+
+    Raises:
+        InputError: somebody else's folder, or a symbolic link, is in its place.
+    """
+    names = listed(checkpoint.parent)
+    if os.path.lexists(checkpoint) and (checkpoint.name not in names or checkpoint.is_symlink()):
+        raise InputError(f"{checkpoint} is in the way and was not written by this run: move it to another place.")
+    if checkpoint.name not in names:
+        write_json(checkpoint.parent / LIST, {"checkpoints": [*names, checkpoint.name]})
+
+
+def listed(folder: Path) -> list[str]:
+    """The names of the checkpoints that the run has begun to write and not removed."""
+    if not (folder / LIST).is_file():
+        return []
+    names = read_json(folder / LIST, {"checkpoints": [str]})["checkpoints"]
+    return [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)]
+
+
+def rotate(folder: Path, keep: int = KEPT) -> None:
+    """Remove the run's own sealed checkpoints but for the latest, by their steps: a clock may be wrong."""
+    names = listed(folder)
+    sealed = sorted((folder / name for name in names if _sealed(folder / name)), key=step_of, reverse=True)
+    _remove(folder, sealed[keep:])
+
+
+def _sealed(checkpoint: Path) -> bool:
+    return not checkpoint.is_symlink() and (checkpoint / SEAL).is_file()
+
+
+def _from_before(checkpoint: Path) -> bool:
+    """Whether an unlisted checkpoint may be the run's all the same: there was no list, or no step in the seal, yet."""
+    try:
+        step = read_json(checkpoint / SEAL, {"step?": int}).get("step")
+    except InputError:
+        return True
+    return step is None or (step == step_of(checkpoint) and not (checkpoint.parent / LIST).is_file())
+
+
+def _remove(folder: Path, checkpoints: Iterable[Path]) -> None:
+    """Remove listed checkpoints; one that a kill leaves in part stays listed, and is removed at the next start."""
+    names = listed(folder)
+    gone = [path.name for path in checkpoints if path.name in names and not path.is_symlink()]
+    for name in gone:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if gone:
+        left = [name for name in names if name not in gone or (folder / name).exists()]
+        write_json(folder / LIST, {"checkpoints": left})
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -57,8 +121,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def damage(checkpoint: Path) -> str | None:
     """What has happened to a sealed checkpoint since, naming the file; None where nothing has."""
     try:
-        sealed = {name: (file["bytes"], file["sha256"]) for name, file in read_json(checkpoint / SEAL)["files"].items()}
-    except (InputError, KeyError, TypeError, AttributeError):
+        sealed = read_json(checkpoint / SEAL, {"files": {str: {"bytes": int, "sha256": str}}})["files"]
+    except InputError:
         return f"{checkpoint / SEAL} is not readable"
     for name in sorted({*sealed, *files_of(checkpoint)}):
         path = checkpoint / name
@@ -66,11 +130,10 @@ def damage(checkpoint: Path) -> str | None:
             return f"{path} was added"
         if not path.is_file():
             return f"{path} is missing"
-        here = fingerprint(path)
-        size, digest = sealed[name]
-        if here["bytes"] != size:
-            return f"{path} holds {here['bytes']} of {size} bytes"
-        if here["sha256"] != digest:
+        here, then = fingerprint(path), sealed[name]
+        if here["bytes"] != then["bytes"]:
+            return f"{path} holds {here['bytes']} of {then['bytes']} bytes"
+        if here["sha256"] != then["sha256"]:
             return f"{path} was altered"
     return None
 
@@ -80,22 +143,25 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The latest sound checkpoint of a run; later ones, cut short by a kill or damaged since, are removed.
+    """The latest sound checkpoint of a run; its later ones, cut short by a kill or damaged since, are removed.
+
+    A checkpoint from before there was a list is read, and not removed.
 
     Raises:
         InputError: there are sealed checkpoints, and every one is damaged.
     """
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    names = listed(folder)
+    unlisted = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.name not in names]
+    names += [path.name for path in unlisted if _sealed(path) and _from_before(path)]
+    there = [folder / name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]
+    _remove(folder, [checkpoint for checkpoint in there if not _sealed(checkpoint)])
     damaged: dict[Path, str] = {}
-    for checkpoint in sorted(found, key=step_of, reverse=True):
-        if not (checkpoint / SEAL).exists():
-            shutil.rmtree(checkpoint)
-            continue
+    for checkpoint in sorted(filter(_sealed, there), key=step_of, reverse=True):
         wrong = damage(checkpoint)
         if wrong is None:
-            for path, why in damaged.items():
+            for why in damaged.values():
                 logger.warning("%s: going on from %s.", why, checkpoint.name)
-                shutil.rmtree(path)
+            _remove(folder, damaged)
             return checkpoint
         damaged[checkpoint] = wrong
     if damaged:
@@ -103,6 +169,19 @@ def last_complete(folder: Path) -> Path | None:
             f"no checkpoint in {folder} is sound: {'; '.join(damaged.values())}. Delete them to begin anew."
         )
     return None
+
+
+def check_way(folder: Path, after: int, every: int, last: int) -> None:
+    """Refuse, before any time is spent, what stands where a checkpoint of steps beyond `after` will be written."""
+    names = listed(folder)
+    for path in folder.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name) and path.name not in names:
+            step = step_of(path)
+            if after < step <= last and (step % every == 0 or step == last):
+                raise InputError(
+                    f"{path} is in the way of a checkpoint to come and was not written by this run: move it to "
+                    "another place."
+                )
 
 
 @contextmanager

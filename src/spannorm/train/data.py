@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spannorm.errors import InputError, unknown
+from spannorm.folders import partial_folder, sweep_partial
 from spannorm.train.corpus import documents
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.tokenizer import encode_documents, load_tokenizer
@@ -29,7 +26,6 @@ SPLITS = ("train", "validation", "test")
 
 _DESCRIPTION = "data.json"
 _TOKENS = 1 << 22  # counted at a time
-_ABANDONED = 3600.0  # seconds without a write after which a half-written folder counts as left by a dead process
 
 
 @dataclass(frozen=True)
@@ -230,20 +226,16 @@ def _prepare(recipe: DataRecipe, directory: Path) -> None:
     plan = _plan(recipe)
     tokenizer = load_tokenizer(recipe, lambda: (text for split, text in plan.documents() if split == "train"))
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
-    # A name of its own: two processes that prepare the same folder must not write into each other's files.
-    partial = directory.with_name(f".{directory.name}.{uuid4().hex}.partial")
+    sweep_partial(directory.parent)
     try:
-        partial.mkdir()
-        _write(plan, tokenizer, partial)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        with partial_folder(directory) as partial:
+            _write(plan, tokenizer, partial)
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
     except OSError:
         if not (directory / _DESCRIPTION).exists():  # else another process was first
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(plan: _Plan, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -291,15 +283,6 @@ def _write(plan: _Plan, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Non
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Clear away what a killed process left; one that is still at work has written lately."""
-    for folder in directory.parent.glob(f".{escape(directory.name)}.*.partial"):
-        with suppress(FileNotFoundError):  # another process clears it away too
-            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - written > _ABANDONED:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _on_disk(dtype: str) -> np.dtype[Any]:

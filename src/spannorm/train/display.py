@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from spannorm.console import wide_console
+from spannorm.console import Grid, say, wide_console
 from spannorm.models import SpanNormConfig
+from spannorm.text import line
 from spannorm.train.health import WINDOW, spike_steps
 from spannorm.train.recipe import Recipe
 
@@ -124,30 +124,30 @@ class Board:
             status, at = self._told.get(id(row), ("waiting", self._began))
             due = row.status == "running" and time.monotonic() - at > 60
             if row.status != status or due:
-                self.console.print(row.line(), markup=False, highlight=False, soft_wrap=True)
+                say(self.console, row.line())
                 self._told[id(row)] = (row.status, time.monotonic())
 
     def render(self) -> Group:
         """The table as it stands."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        grid = Grid(self.title)
         for heading in ("placement", "depth rule"):
-            table.add_column(heading, no_wrap=True)
+            grid.column(heading)
         for heading in ("lr", "seed", "step"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("", width=12)
-        table.add_column("loss", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, width=16)
+            grid.column(heading, "number")
+        grid.column("", "spare", width=12)
+        grid.column("loss", "number")
+        grid.column("", "spare", width=16)
         for heading in ("grad norm", "spikes", "tokens/s"):
-            table.add_column(heading, justify="right", no_wrap=True)
+            grid.column(heading, "spare")
         sparse = any(row.violation is not None for row in self.rows)
         for heading in ("max violation", "dead experts") if sparse else ():
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
+            grid.column(heading, "spare")
+        grid.column("", "note")
         # A terminal holds some forty lines: of hundreds of runs, those begun last.
         begun = [row for row in self.rows if row.status != "waiting"]
         for row in self.rows if len(self.rows) <= _MOST_ROWS else begun[-_MOST_ROWS:]:
             speed = row.tokens_per_second
-            table.add_row(
+            grid.row(
                 row.placement,
                 row.depth_rule,
                 f"{row.learning_rate:g}",
@@ -160,12 +160,15 @@ class Board:
                 str(row.spikes) if row.spikes else "·",
                 f"{speed:,.0f}" if speed else "",
                 *((_number(row.violation), "–" if row.dead is None else str(row.dead)) if sparse else ()),
-                Text(row.note or row.status, style=_STYLES.get(row.status, "")),
+                Text(line(row.note or row.status), style=_STYLES.get(row.status, "")),
                 style="dim" if row.status == "waiting" else "",
             )
         elapsed = time.monotonic() - self._began
         ended = sum(row.status in ("ok", "failed") for row in self.rows)
-        return Group(table, Text(f"{ended} of {len(self.rows)} ended, {_clock(elapsed)} elapsed", style="dim"))
+        return Group(
+            grid.fitted(self.console),
+            Text(f"{ended} of {len(self.rows)} ended, {_clock(elapsed)} elapsed", style="dim"),
+        )
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

@@ -13,7 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from spannorm.errors import InputError
 from spannorm.routing import RoutingMeter
+from spannorm.train.checkpoints import begin
 from spannorm.train.optimizers import build_optimizer
+from spannorm.train.processes import on_first
 from spannorm.train.recipe import TrainRecipe
 from spannorm.train.schedule import share_of_peak
 
@@ -39,6 +41,7 @@ class Engine(Trainer):
     ) -> None:
         self.recipe, self.loss_chunk = recipe, recipe.loss_chunk
         super().__init__(model, *args, **kwargs)
+        self.fetching = False
         self._skip_nan = recipe.on_nan == "skip"
         self._routing = RoutingMeter(getattr(model.config, "num_experts_per_tok", 0))
         self._auxiliary: list[torch.Tensor] = []
@@ -93,6 +96,19 @@ class Engine(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's sequences, read before its first pass."""
+        self.fetching = True
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.fetching = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        on_first(lambda: begin(folder / f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict."""
         return dict(self.accelerator.unwrap_model(self.model).state_dict())
@@ -139,7 +155,6 @@ def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArgument
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=t.checkpoint_every,
-        save_total_limit=2,
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),

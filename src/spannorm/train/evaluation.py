@@ -22,6 +22,8 @@ from spannorm.evaluate.tasks import (
     write_task_files,
 )
 from spannorm.files import make_folder, read_json, write_json, writing_to
+from spannorm.folders import EVALUATION, claim
+from spannorm.folders import RUN as RUN_FOLDER
 from spannorm.train.data import TokenData
 from spannorm.train.environment import machine, versions
 from spannorm.train.recipe import TrainRecipe
@@ -71,6 +73,8 @@ def evaluate_folder(
     import spannorm
 
     check_installed()
+    out = out or folder / "eval"
+    claim(out, EVALUATION)
     names = task_names(names)
     path = model_folder(folder)
     tokens = _tokens(folder, data) if any(name in LOCAL for name in names) else None
@@ -79,7 +83,6 @@ def evaluate_folder(
         model = spannorm.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
     text = None if tokens is None else _text(tokens, model.config.max_position_embeddings, count)
     tasks = load_tasks(names, text)
-    out = out or folder / "eval"
     make_folder(out)
     from spannorm.evaluate.harness import evaluate
 
@@ -135,7 +138,7 @@ def _tokens(folder: Path, data: Path | None) -> TokenData:
             f"local tasks are made from held-out text, and {folder} is a model without a run: give tokens with --data "
             "(`spannorm data RECIPE` prepares them), or lm-eval's tasks with --tasks."
         )
-    wanted = read_json(folder / RUN)["data"]["sha256"]
+    wanted = read_json(folder / RUN, RUN_FOLDER.shape)["data"]["sha256"]
     places = [folder / "data", *sorted((folder.absolute().parent.parent / "data").glob("*"))]
     for place in places:
         if (place / "data.json").is_file() and (tokens := TokenData.open(place)).sha256 == wanted:

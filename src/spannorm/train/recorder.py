@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spannorm.errors import Interrupted
 from spannorm.files import append_json, read_jsonl, write_jsonl
 from spannorm.train.health import ROUTING
-from spannorm.train.processes import any_of, is_first
+from spannorm.train.processes import any_of, count, is_first
 from spannorm.train.ramp import SHARES, Learned
 
 logger = logging.getLogger("spannorm")
@@ -31,6 +32,15 @@ logger = logging.getLogger("spannorm")
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 SKIPS = 8
 """Steps in a row that may be skipped: weights that are broken themselves break every step."""
+
+
+PATIENCE = 5.0
+"""Seconds that a stop waits for the end of a step."""
+
+
+def exit_code(stopped_by: int | None) -> int:
+    """Of the command line: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) where a scheduler asked."""
+    return 130 if stopped_by == signal.SIGINT else 75
 
 
 class Recorder(TrainerCallback):
@@ -42,6 +52,7 @@ class Recorder(TrainerCallback):
         probe_every: optimizer steps between probes.
         on_step: called with each record, for a live display.
         stop_with_parent: stop when the process that started this one is gone.
+        fetching: whether the next step's sequences are being read: not a moment to wait for at a stop.
         skip_nan: take back the update of a step whose gradient is not finite, instead of stopping at its loss.
     """
 
@@ -52,11 +63,13 @@ class Recorder(TrainerCallback):
         probe_every: int,
         on_step: Callable[[dict[str, Any]], None],
         stop_with_parent: bool = False,
+        fetching: Callable[[], bool] = lambda: False,
         skip_nan: bool = False,
     ) -> None:
         self.folder, self.probe, self.probe_every, self.on_step = folder, probe, probe_every, on_step
         self.parent = os.getppid() if stop_with_parent else None
         self.stopped_by: signal.Signals | None = None
+        self.fetching, self._asked = fetching, math.inf
         self.stop_requested = False
         self.diverged = False
         self.skip_nan, self._skipped = skip_nan, 0
@@ -66,18 +79,26 @@ class Recorder(TrainerCallback):
     def catching_signals(self) -> Iterator[None]:
         """Within the block, Ctrl-C or SIGTERM asks for a stop after the step; a second Ctrl-C is immediate.
 
+        A step that takes longer than `PATIENCE` ends after its forward pass, and sequences are not read to their end.
         A second SIGTERM is not: a scheduler sends it to torchrun and its processes, and torchrun passes its own on.
         """
 
         def ask(number: int, _: Any) -> None:
-            self.stopped_by = signal.Signals(number)
+            self.stopped_by, self._asked = signal.Signals(number), time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)
             if number == signal.SIGINT:
                 signal.signal(number, before[signal.SIGINT])
 
+        def wait_no_longer(*_: Any) -> None:
+            if self.fetching():
+                raise Interrupted(exit_code(self.stopped_by))
+
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, wait_no_longer)
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -93,6 +114,15 @@ class Recorder(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if count() == 1 and time.monotonic() - self._asked > PATIENCE:
+            self.stop_requested = control.should_training_stop = True
+            # the weights are those of the last whole step
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            control.should_save = state.global_step > 0 and not checkpoint.exists()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -7,6 +7,7 @@ A run's folder:
     probes.jsonl    signal, gradient, correlation, rank by layer
     rollbacks.jsonl where a spike led back          (see rollback.py)
     checkpoint-N/   the last two, complete or ignored (see checkpoints.py)
+    checkpoints.json  which of them are the run's
     model/          the trained model with its tokenizer, for `from_pretrained`
     tensorboard/    for `tensorboard --logdir`
     result.json     written last
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
@@ -29,26 +29,32 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from spannorm import kernels
+from spannorm import folders, kernels
 from spannorm.errors import InputError, Stopped, unknown
 from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
+from spannorm.folders import claim, sweep
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
 from spannorm.routing import RoutingMeter
-from spannorm.train.checkpoints import Sealer, check_config, last_complete, refusing_pickles
+from spannorm.train.checkpoints import Sealer, check_config, check_way, last_complete, refusing_pickles, step_of
 from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.evaluation import evaluate_run, tasks_of
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import RECORDS, RampEnd, Recorder
+from spannorm.train.recorder import RampEnd, Recorder, exit_code
 from spannorm.train.rollback import ROLLBACKS, SpikeGuard
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
 
 RUN, RESULT = "run.json", "result.json"
+RESULT_SHAPE = {
+    "placement": str, "depth_rule": str, "status": str, "reason": (str, None), "seed": int, "learning_rate": float,
+    "steps_done": int, "val_loss": (float, None), "test_loss": (float, None), "bits_per_byte": (float, None),
+}  # fmt: skip
+"""What a finished run is asked for; see `spannorm.files.checked`."""
 
 
 def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfig:
@@ -119,9 +125,11 @@ def train(
 
 def _enter(held: ExitStack, recipe: Recipe, out: Path, wait: float) -> tuple[bool, dict[str, Any] | None]:
     """Take the folder for this run: whether it was begun there before, and its result if it was finished."""
+    claim(out, folders.RUN)
     make_folder(out)
     held.enter_context(alone_in(out, wait))
-    return _check_same_run(recipe, out), read_json(out / RESULT) if (out / RESULT).is_file() else None
+    sweep(out)
+    return _check_same_run(recipe, out), read_json(out / RESULT, RESULT_SHAPE) if (out / RESULT).is_file() else None
 
 
 def _train(
@@ -156,7 +164,9 @@ def _train(
     batch = torch.stack([probed[i]["input_ids"] for i in range(min(t.batch_size, len(probed)))])  # type: ignore[arg-type]
 
     skip = t.on_nan == "skip"
-    recorder = Recorder(out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, skip)
+    recorder = Recorder(
+        out, lambda: _probe(engine, batch), t.probe_every, on_step, stop_with_parent, lambda: engine.fetching, skip
+    )
     board = TensorBoardCallback()
     board.logging_dir = str(out / "tensorboard")
     engine = kind(
@@ -172,8 +182,8 @@ def _train(
         with recorder.catching_signals(), refusing_pickles(checkpoint):
             engine.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if recorder.stop_requested and engine.state.global_step < t.steps:
-            code = 130 if recorder.stopped_by == signal.SIGINT else 75
-            raise Stopped(f"stopped after step {engine.state.global_step} of {t.steps}, saved", code)
+            at = f"stopped after step {engine.state.global_step} of {t.steps}, saved"
+            raise Stopped(at, exit_code(recorder.stopped_by))
         if guard.rolled_back:
             return None
         losses = {
@@ -190,15 +200,18 @@ def _train(
 def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
     """Describe the run, or hold it against its description: the checkpoint to go on from, if there is one."""
     if not begun:
-        write_json(out / RUN, describe(run_recipe(recipe), model, tokens))
+        with writing_to(out):
+            write_json(out / RUN, describe(run_recipe(recipe), model, tokens))
     elif (before := read_json(out / RUN)["data"]["sha256"]) != tokens.sha256:
         raise InputError(
             f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
             "has changed. Choose another --out folder."
         )
-    checkpoint = last_complete(out)
+    with writing_to(out):
+        checkpoint = last_complete(out)
     if checkpoint is not None:
         check_config(checkpoint, model.config)
+    check_way(out, step_of(checkpoint) if checkpoint else 0, recipe.train.checkpoint_every, recipe.train.steps)
     return checkpoint
 
 
@@ -226,12 +239,7 @@ def _finish(
 
 def _check_same_run(recipe: Recipe, out: Path) -> bool:
     """Whether this run was begun in the folder before; another one there is an error."""
-    if not (out / RUN).is_file():
-        strangers = [p.name for p in (out / RECORDS, out / RESULT, out / "comparison.json") if p.exists()]
-        if strangers:
-            raise InputError(
-                f"{out} already holds something else ({', '.join(strangers)}): choose another --out folder."
-            )
+    if not claim(out, folders.RUN):
         return False
     there, here = read_json(out / RUN)["recipe"], run_recipe(recipe)
     different = differences(there, here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spannorm.console import say
 from spannorm.files import read_jsonl
 from spannorm.train.display import Board, Row
 from spannorm.train.processes import is_first
@@ -30,11 +31,10 @@ def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> di
         result = train(recipe, out, data=data, on_step=on_step)
         where = f" at step {result['steps_done']}" if result["reason"] == "non-finite" else ""
         row.status, row.note = result["status"], f"failed: {result['reason']}{where}" if result["reason"] else ""
-    board.console.print(
+    say(
+        board.console,
         f"validation loss {_figure(result['val_loss'])} nats per token, test {_figure(result['test_loss'])}, "
         f"{_figure(result['bits_per_byte'])} bits per byte; {out / 'result.json'}",
-        highlight=False,
-        soft_wrap=True,
     )
     return result
 
