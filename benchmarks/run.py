@@ -1,6 +1,6 @@
 """Every benchmark: ours and its rivals in turns, a table and JSON.
 
-    python benchmarks/run.py [--rows 1,2,3,4,5,6,7,8] [--pairs 20] [--threads 1] [--json FILE]
+    python benchmarks/run.py [--rows 1,2,3,4,5,6,7,8,9] [--pairs 20] [--threads 1] [--json FILE]
 
 `make bench` runs all of it. Sizes are small on a CPU and real on a GPU. Rivals that are not installed are named.
 """
@@ -27,6 +27,7 @@ from spannorm import kernels
 from spannorm.files import write_json
 from spannorm.init import parameter_groups
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
+from spannorm.placements import PLACEMENTS
 from spannorm.probes import measure
 from spannorm.train.engine import Engine, arguments
 from spannorm.train.environment import machine, versions
@@ -297,7 +298,27 @@ def share_of_peak(pairs: int) -> Iterator[list[Result]]:
     )
 
 
-ROW = dict(enumerate((add_norm, placements, rivals, trainer, decoding, probing, growth, share_of_peak), 1))
+def price(pairs: int) -> Iterator[Result]:
+    """(9) every placement's step and memory over PreNorm's; one sequence at a time where the batch does not fit."""
+    for depth in (8, 32):
+        pre = ours("pre", depth)
+        for name in [name for name in PLACEMENTS if name != "pre"]:
+            yield from price_of(name, depth, pre, pairs, BATCH) or price_of(name, depth, pre, pairs, 1)
+
+
+def price_of(name: str, depth: int, pre: nn.Module, pairs: int, batch: int) -> list[Result]:
+    """Nothing where the memory is too small."""
+    row = f"(9) {name}, {depth} blocks, {batch} × {LENGTH} tokens"
+    try:
+        return training(row, pairs, {name: ours(name, depth), "pre": pre}, tokens(batch))
+    except torch.OutOfMemoryError:
+        print(f"{row}: out of memory", flush=True)
+    torch.cuda.empty_cache()
+    return []
+
+
+ROWS_OF = (add_norm, placements, rivals, trainer, decoding, probing, growth, share_of_peak, price)
+ROW = dict(enumerate(ROWS_OF, 1))
 
 
 def main() -> None:

@@ -173,6 +173,40 @@ def evaluate(
     typer.echo(f"results  {(out or directory / 'eval') / RESULTS}")
 
 
+@app.command(name="depth-use")
+def depth_use(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or that of any causal LM.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Tokens to read; default those of the run.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text to read instead, by the model's own tokenizer.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the results go; default DIR/depth-use.")
+    ] = None,
+    sequences: Annotated[int, typer.Option("--sequences", metavar="N", min=1, help="To measure on.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences at once.")] = 8,
+    reach: Annotated[
+        int | None, typer.Option("--reach", metavar="N", min=0, help="Exchange blocks at most so far apart.")
+    ] = None,
+    imports: Imports = None,
+) -> None:
+    """Measure how a saved model uses its depth: what each block is good for, and what it is for the others."""
+    from spannorm.console import wide_console
+    from spannorm.lab.depth_use import PICTURE, RESULTS, print_use, use_of_folder
+
+    run_files(imports)
+    console = wide_console()
+    with console.status("measuring"):
+        results = use_of_folder(
+            directory, data=data, text=text, out=out, sequences=sequences, batch_size=batch_size, reach=reach
+        )
+    print_use(results, console)
+    folder = out or directory / "depth-use"
+    typer.echo(f"results  {folder / RESULTS}\npicture  {folder / PICTURE}")
+
+
 @app.command()
 def publish(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a saved model's.")],

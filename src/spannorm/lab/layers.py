@@ -32,7 +32,7 @@ _THROUGH = {"gradient_rms": "gradient", "signal_rms": "signal"}
 
 def draw_layers(arms: Sequence[Arm]) -> list[Drawing]:
     """What the arms have data for. Call it inside `matplotlib.rc_context(STYLE)`."""
-    made = [_through(arms), _collapse(arms[:MAX_ARMS])]
+    made = [_through(arms), _collapse(arms[:MAX_ARMS]), *(_use(arms[:MAX_ARMS], *part) for part in _USE)]
     return [drawing for drawing in made if drawing is not None]
 
 
@@ -142,6 +142,54 @@ def _collapse(arms: Sequence[Arm]) -> Drawing | None:
         f"largest. {seed_note(arms)}"
     )
     return Drawing("collapse", "Collapse", caption, fig)
+
+
+_USE = (
+    (
+        "use_of_depth", "Use of depth: each block",
+        {"angular_distance": "input to output, angle / π", "usefulness": "loss rise, made linear",
+         "causal": "effect on later blocks"},
+        "After training, on held-out text, each block by itself (1 is the first). Left: the angle between what it is "
+        "given and what it hands on. Middle: the rise of the loss, nats per token, when the best linear map of its "
+        "input takes its place (0: a linear map would do). Right: when it is skipped, the relative change of what the "
+        "later blocks do, mean over them. Points of several streams are what the readout would hand on. ",
+    ),
+    (
+        "use_of_depth_together", "Use of depth: blocks together",
+        {"permutation": "exchanged with the next", "logit_lens": "loss, read out there",
+         "jacobian": "Jacobian of the end"},
+        "After training, on held-out text. Left: the relative change of the loss when a block exchanges its weights "
+        "with the next one (0: their order is nothing). Middle: the loss, nats per token, when the rest of the blocks "
+        "is skipped (layer 0: the embedding). Right: the size of the derivative of the stack's output by the stream, "
+        "by all streams at once where there are several. ",
+    ),
+)  # fmt: skip
+
+
+def _use(arms: Sequence[Arm], name: str, title: str, measures: dict[str, str], caption: str) -> Drawing | None:
+    """Three measures of `spannorm.probes.DepthUse`, line by arm."""
+    arms = [arm for arm in arms if any(run.collapse.get("logit_lens") for run in arm.shown)]
+    if not arms:
+        return None
+    fig, axes, label = panels(3, arms)
+    end = {}
+    for ax, (key, heading) in zip(axes, measures.items(), strict=True):
+        points = key in ("logit_lens", "jacobian")
+        for arm in arms:
+            rows = [numbers(run.collapse[key]) for run in arm.shown if run.collapse.get(key)]
+            x, mean, low, high = band(np.arange(float(len(rows[0]))) + (not points), rows)
+            if len(x):
+                curve(ax, arm, x, mean, low, high, width=1.2)
+                if ax is axes[-1]:
+                    end[arm.label] = float(mean[-1])
+        ax.set(title=heading, xlabel="layer" if points else "block")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if key == "jacobian":
+            ax.set_yscale("log")
+            ax.autoscale_view()
+            plain_log(ax.yaxis)
+    label(axes[-1], end)
+    return Drawing(name, title, caption + seed_note(arms), fig)
 
 
 def draw_ramps(arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:

@@ -161,7 +161,7 @@ def plain_log(axis: Any) -> None:
         return f"{digit} × " * (digit > 1) + "10" + str(power).translate(raised)
 
     low, high = axis.get_view_interval()
-    if high < 40 * low:  # less than a decade and a half: powers of ten alone would leave it bare
+    if high < 100 * low:  # less than two decades: powers of ten alone would leave it bare
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(name)
     axis.set_minor_formatter(NullFormatter())

@@ -1,9 +1,10 @@
 """Measuring a model made of placements: signal, gradient and collapse by layer. PyTorch only.
 
 `Probe` watches any forward and backward pass; `measure` makes one. The other functions change one thing and measure
-what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`. What each number is: docs/probes.md.
+what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`, `depth_use`. What each number is: docs/probes.md.
 """
 
+from spannorm.probes.depth import DepthUse, depth_use
 from spannorm.probes.experiments import (
     UpdateSizes,
     block_skip_costs,
@@ -15,6 +16,6 @@ from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
 
 __all__ = [
-    "GradientPaths", "Probe", "Record", "UpdateSizes", "block_skip_costs", "gradient_paths", "measure",
-    "update_sizes",
+    "DepthUse", "GradientPaths", "Probe", "Record", "UpdateSizes", "block_skip_costs", "depth_use", "gradient_paths",
+    "measure", "update_sizes",
 ]  # fmt: skip

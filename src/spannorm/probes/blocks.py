@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -64,3 +64,89 @@ def intercepting(
     finally:
         for handle in handles:
             handle.remove()
+
+
+Before = Callable[[int, Tensor], Tensor]
+After = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class Blocks:
+    """A model's blocks in order, of placements or of any other decoder: their states can be looked at and changed.
+
+    The state is what block b works on: of a placement with several streams all of them, (batch, seq, n, hidden).
+
+    Args:
+        model: holds a whole stack of placements; or a list of blocks, as Transformers' decoders do, that take the
+            hidden states first and return them, alone or first of a tuple.
+
+    Raises:
+        InputError: there is no stack, or there are several.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.placements: list[Any] = []
+        if any(hasattr(getattr(module, "placement", None), "layer_idx") for module in model.modules()):
+            found = find_placements(model)
+            self.placements = list(found.values())
+            self.modules = [model.get_submodule(name) for name in found]
+        else:
+            self.modules = _plain_blocks(model)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def read_out(self, state: Tensor) -> Tensor:
+        """(batch, seq, hidden): a single stream itself; of several what the readout makes of them, or their sum where
+        the model is not made of placements."""
+        if state.ndim < 4:
+            return state
+        return read_out(self.placements[-1], state) if self.placements else state.sum(-2)
+
+    @contextmanager
+    def changing(self, after: After, before: Before = lambda _, x: x) -> Iterator[None]:
+        """Within the context block b reads `before(b, x)`, and hands on `after(b, x, y)` in the place of its y."""
+        with ExitStack() as hooks:
+            for b, module in enumerate(self.modules):
+                if self.placements:
+                    placement = self.placements[b]
+                    placement.block = self._changed_block(b, placement, after, before)  # on the instance
+                    hooks.callback(delattr, placement, "block")
+                else:
+                    self._hook(b, module, after, before, hooks)
+            yield
+
+    @staticmethod
+    def _changed_block(b: int, placement: Any, after: After, before: Before) -> Callable[..., Tensor]:
+        def block(x: Tensor, attn: Sublayer, ffn: Sublayer) -> Tensor:
+            x = before(b, x)
+            return after(b, x, type(placement).block(placement, x, attn, ffn))
+
+        return block
+
+    @staticmethod
+    def _hook(b: int, module: nn.Module, after: After, before: Before, hooks: ExitStack) -> None:
+        read: list[Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            read[:] = [before(b, args[0] if args else kwargs["hidden_states"])]
+            return ((*read, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": read[0]})
+
+        def leave(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (after(b, read[0], output[0]), *output[1:])
+            return after(b, read[0], output)
+
+        hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(leave).remove)
+
+
+def _plain_blocks(model: nn.Module) -> list[nn.Module]:
+    """The longest list of modules that is in no other list."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    outer = {n: m for n, m in lists.items() if not any(n != o and (not o or n.startswith(f"{o}.")) for o in lists)}
+    most = max(map(len, outer.values()), default=0)
+    longest = [name for name, found in outer.items() if len(found) == most]
+    if len(longest) != 1:
+        what = f"several lists of {most} blocks, {', '.join(longest)}" if longest else "no list of blocks"
+        raise InputError(f"{type(model).__name__} has {what}: give a model, or a part of one, that has one stack.")
+    return list(outer[longest[0]])

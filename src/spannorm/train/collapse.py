@@ -8,19 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spannorm.probes import block_skip_costs, measure
+from spannorm.probes import block_skip_costs, depth_use, measure
+
+PARTS = {"batches": 2, "fit": 4}
+"""Batches that the use of depth is measured on, at a pass per block and measure, and that linear maps are fitted on."""
 
 
-def collapse(model: Any, sequences: Sequence[Tensor], batch_size: int, bf16: bool) -> dict[str, list[float]]:
+def collapse(
+    model: Any, sequences: Sequence[Tensor], batch_size: int, bf16: bool, fit: Sequence[Tensor] = ()
+) -> dict[str, list[float]]:
     """Measure a model, in evaluation mode, on held-out sequences of token ids.
+
+    Args:
+        fit: other held-out sequences, for the linear maps of `usefulness`.
 
     Returns:
         By point (embedding, then after each block): `effective_rank`, `token_cosine`. By block: `layer_cosine`, and
         `skip_cost`, the rise of the loss in nats per token when the block is skipped. `spectrum`: singular values of
-        what the last block returns, as shares of the largest.
+        what the last block returns, as shares of the largest. Of the use of depth (`spannorm.probes.DepthUse`), on the
+        first of the sequences: by block `angular_distance`, `usefulness`, `causal`, the mean of its scores on later
+        blocks, and `permutation` with the next; by point `logit_lens`, `jacobian`.
     """
     training, device = model.training, next(model.parameters()).device
     batches = torch.stack(list(sequences)).to(device).split(batch_size)
+    others = torch.stack(list(fit)).to(device).split(batch_size) if fit else ()
 
     def loss_of(batch: Tensor) -> Tensor:
         loss: Tensor = model(batch, labels=batch).loss
@@ -31,14 +42,21 @@ def collapse(model: Any, sequences: Sequence[Tensor], batch_size: int, bf16: boo
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             record = measure(model, lambda: loss_of(batches[0]), similarity=False, spectrum=True)
             costs = block_skip_costs(model, lambda: sum((loss_of(b) for b in batches), torch.zeros(())) / len(batches))
+            use = depth_use(model, loss_of, batches[: PARTS["batches"]], fit=others[: PARTS["fit"]], reach=1)
     finally:
         model.train(training)
     assert record.effective_rank is not None and record.spectrum is not None
-    last = record.spectrum[-1]
+    last, depth = record.spectrum[-1], len(costs)
     return {
         "effective_rank": record.effective_rank,
         "token_cosine": record.token_cosine,
         "layer_cosine": record.layer_cosine,
         "skip_cost": costs,
         "spectrum": [float(f"{value / last[0]:.4g}") for value in last],
+        "angular_distance": use.angular_distance,
+        "usefulness": use.usefulness,
+        "causal": use.effect_on_later(),
+        "permutation": [use.permutation[b][b + 1] for b in range(depth - 1)],
+        "logit_lens": use.logit_lens,
+        "jacobian": use.jacobian,
     }

@@ -77,9 +77,9 @@ def evaluate_folder(
     claim(out, EVALUATION)
     names = task_names(names)
     path = model_folder(folder)
-    tokens = _tokens(folder, data) if any(name in LOCAL for name in names) else None
+    tokens = run_tokens(folder, data) if any(name in LOCAL for name in names) else None
     with quiet():
-        tokenizer = _tokenizer(path)
+        tokenizer = fast_tokenizer(path)
         model = spannorm.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
     text = None if tokens is None else _text(tokens, model.config.max_position_embeddings, count)
     tasks = load_tasks(names, text)
@@ -118,7 +118,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -129,14 +129,14 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _tokens(folder: Path, data: Path | None) -> TokenData:
+def run_tokens(folder: Path, data: Path | None) -> TokenData:
     """The tokens given, or those of the run: beside it, or beside the comparison that it is a job of."""
     if data is not None:
         return TokenData.open(data)
     if not (folder / RUN).is_file():
         raise InputError(
-            f"local tasks are made from held-out text, and {folder} is a model without a run: give tokens with --data "
-            "(`spannorm data RECIPE` prepares them), or lm-eval's tasks with --tasks."
+            f"held-out text is needed, and {folder} is a model without a run: give tokens with --data (`spannorm data "
+            "RECIPE` prepares them); for `spannorm eval`, or lm-eval's tasks with --tasks."
         )
     wanted = read_json(folder / RUN, RUN_FOLDER.shape)["data"]["sha256"]
     places = [folder / "data", *sorted((folder.absolute().parent.parent / "data").glob("*"))]

@@ -192,7 +192,8 @@ def _train(
         collapsed = None
         if t.collapse and not recorder.diverged:
             ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
-            collapsed = finite(collapse(model, ids, t.batch_size, engine.args.bf16))
+            other: list[Any] = [held_out["test"][i]["input_ids"] for i in range(len(held_out["test"]))]  # type: ignore[arg-type]
+            collapsed = finite(collapse(model, ids, t.batch_size, engine.args.bf16, fit=other))
         weights = engine.whole_weights()
         return on_first(lambda: _finish(recipe, out, model, weights, tokens, losses, collapsed))
 

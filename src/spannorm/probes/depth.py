@@ -1,0 +1,275 @@
+"""Use of depth: what each block is good for, and what it is for the others. DepthBench's measures, on any decoder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.probes.blocks import After, Blocks
+from spannorm.probes.statistics import apart, exact, summed, token_cosine, unit
+
+_log = logging.getLogger("spannorm")
+
+
+@dataclass(frozen=True)
+class DepthUse:
+    """Measures of arXiv 2609.32534 (DepthBench), of L blocks and L+1 points: what enters block 0, what leaves each.
+
+    Of several streams a point is what the readout would hand on there, as in `Record`; docs/probes.md says more.
+    """
+
+    loss: float
+    """Mean over the batches."""
+    angular_distance: list[float]
+    """By block: the angle between its input and its output over π, mean over tokens."""
+    token_cosine: list[float]
+    """By point: mean cosine between different tokens of a sequence."""
+    skip_cost: list[float]
+    """By block: the rise of the loss when its output is its input."""
+    usefulness: list[float]
+    """By block: the rise of the loss when its output is the best linear map of its input, by least squares; NaN where
+    there are fewer tokens than twice the channels of its input."""
+    causal: list[list[float]]
+    """[l][k]: ‖Δ'_k − Δ_k‖/‖Δ_k‖ over tokens and channels, Δ_k what block k changes between its points and Δ'_k the
+    same when block l is skipped; 0 for k ≤ l, NaN where Δ_k is 0."""
+    permutation: list[list[float]]
+    """[l][k]: |change of the loss|/loss when blocks l and k have exchanged their weights; NaN where not measured."""
+    logit_lens: list[float]
+    """By point: the loss when the rest of the blocks is skipped, the model's own norm and head after it."""
+    jacobian: list[float]
+    """By point: ‖∂y/∂x‖ over the root of y's size, y what the stack returns: Frobenius, estimated by random vectors."""
+
+    def effect_on_later(self) -> list[float]:
+        """By block: the mean of its causal scores on the blocks behind it; NaN for the last one."""
+        rows = [row[block + 1 :] for block, row in enumerate(self.causal)]
+        return [math.fsum(row) / len(row) if row else math.nan for row in rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def depth_use(
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    batches: Sequence[Any],
+    *,
+    fit: Sequence[Any] = (),
+    reach: int | None = None,
+    draws: int = 1,
+) -> DepthUse:
+    """Measure how a model uses its depth, on held-out text. Weights and random numbers are as before afterwards.
+
+    For each batch one forward pass, one pass per block for each of `skip_cost`, `usefulness` and `logit_lens` (and
+    one over `fit`), one per pair of blocks within `reach`, one backward pass.
+
+    Args:
+        model: made of placements, rewired, or any decoder that `Blocks` finds the blocks of; in evaluation mode.
+        loss_of: computes the mean loss of a batch through the model, without a cache.
+        batches: what `loss_of` takes, of equal size.
+        fit: batches that the linear maps of `usefulness` are fitted on; without, `batches` themselves.
+        reach: exchange weights of blocks at most so far apart; None exchanges every pair.
+        draws: random vectors per batch for the Jacobian.
+
+    Raises:
+        InputError: as `Blocks`.
+    """
+    blocks = Blocks(model)
+    depth = len(blocks)
+
+    @torch.no_grad()
+    def loss(change: After | None = None) -> float:
+        if change is None:
+            return math.fsum(loss_of(batch).item() for batch in batches) / len(batches)
+        with blocks.changing(change):
+            return math.fsum(loss_of(batch).item() for batch in batches) / len(batches)
+
+    whole = loss()
+    distance, cosine, causal, skipped = _angles_and_causes(blocks, loss_of, batches)
+    return DepthUse(
+        loss=whole,
+        angular_distance=distance,
+        token_cosine=cosine,
+        skip_cost=[value - whole for value in skipped],
+        usefulness=_usefulness(blocks, loss_of, fit or batches, loss, whole),
+        causal=causal,
+        permutation=_permutation(blocks, loss, whole, depth if reach is None else reach),
+        logit_lens=[loss(_skipping_from(point)) for point in range(depth)] + [whole],
+        jacobian=_jacobian(blocks, loss_of, batches, draws),
+    )
+
+
+def _skipping_from(first: int) -> After:
+    return lambda b, x, y: x if b >= first else y
+
+
+@torch.no_grad()
+def _angles_and_causes(
+    blocks: Blocks, loss_of: Callable[[Any], Tensor], batches: Sequence[Any]
+) -> tuple[list[float], list[float], list[list[float]], list[float]]:
+    """Angular distance, token cosine, causal scores, and the loss with each block skipped."""
+    depth = len(blocks)
+    distance, cosine = torch.zeros(depth, dtype=torch.float64), torch.zeros(depth + 1, dtype=torch.float64)
+    losses = [0.0] * depth
+    change, size = torch.zeros(depth, depth, dtype=torch.float64), torch.zeros(depth, dtype=torch.float64)
+    for batch in batches:
+        points, _ = _points(blocks, loss_of, batch)
+        units = [unit(point) for point in points]
+        cosine += torch.stack([token_cosine(u) for u in units]).cpu()
+        distance += torch.stack([_angle(a, b).mean() for a, b in pairwise(units)]).cpu()
+        steps = [b - a for a, b in pairwise(points)]
+        size += torch.tensor([_square(step) for step in steps], dtype=torch.float64)
+        for skipped in range(depth):
+            others, loss = _points(blocks, loss_of, batch, skipped)
+            losses[skipped] += loss / len(batches)
+            for k in range(skipped + 1, depth):
+                change[skipped, k] += _square(others[k + 1] - others[k] - steps[k])
+    scores = (change / size).sqrt().triu(1)
+    return (distance / len(batches)).tolist(), (cosine / len(batches)).tolist(), scores.tolist(), losses
+
+
+def _points(
+    blocks: Blocks, loss_of: Callable[[Any], Tensor], batch: Any, skipped: int | None = None
+) -> tuple[list[Tensor], float]:
+    """The L+1 points of a pass in which one block is skipped, or none, and its loss."""
+    points: list[Tensor] = []
+
+    def after(b: int, x: Tensor, y: Tensor) -> Tensor:
+        y = x if b == skipped else y
+        for state in (x, y) if b == 0 else (y,):
+            with apart(state):
+                points.append(exact(blocks.read_out(state)))
+        return y
+
+    with blocks.changing(after):
+        loss = loss_of(batch).item()
+    return points, loss
+
+
+def _angle(a: Tensor, b: Tensor) -> Tensor:
+    """Between unit vectors, over π. By the tangent of its half: exact for small ones too, unlike the arccosine."""
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)) / math.pi
+
+
+def _square(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x.double()).square().item()
+
+
+@torch.no_grad()
+def _usefulness(
+    blocks: Blocks,
+    loss_of: Callable[[Any], Tensor],
+    fit: Sequence[Any],
+    loss: Callable[[After], float],
+    whole: float,
+) -> list[float]:
+    found = []
+    for block in range(len(blocks)):
+        gram, cross, tokens = _moments(blocks, loss_of, fit, block)
+        if tokens < 2 * len(gram):
+            _log.warning("block %d: %d tokens are too few for a map of %d channels", block, tokens, len(gram))
+            found.append(math.nan)
+            continue
+        best = torch.linalg.pinv(gram, hermitian=True) @ cross
+
+        def linear(b: int, x: Tensor, y: Tensor, block: int = block, best: Tensor = best) -> Tensor:
+            return (_flat(x) @ best).view(y.shape).to(y.dtype) if b == block else y
+
+        found.append(loss(linear) - whole)
+    return found
+
+
+def _moments(
+    blocks: Blocks, loss_of: Callable[[Any], Tensor], fit: Sequence[Any], block: int
+) -> tuple[Tensor, Tensor, int]:
+    """XᵀX and XᵀY of what a block reads and returns, all streams of a token in a row, and the number of tokens."""
+    sums: list[tuple[Tensor, Tensor, int]] = []
+
+    def after(b: int, x: Tensor, y: Tensor) -> Tensor:
+        if b == block:
+            with apart(x):
+                rows, results = _flat(x), _flat(y)
+                sums.append((rows.T @ rows, rows.T @ results, len(rows)))
+        return y
+
+    with blocks.changing(after):
+        for batch in fit:
+            loss_of(batch)
+            if len(sums) > 1:
+                sums = [tuple(a + b for a, b in zip(*sums, strict=True))]  # type: ignore[list-item]
+    return sums[0]
+
+
+def _flat(state: Tensor) -> Tensor:
+    return state.flatten(2).flatten(0, 1).double()
+
+
+def _permutation(blocks: Blocks, loss: Callable[[], float], whole: float, reach: int) -> list[list[float]]:
+    depth = len(blocks)
+    scores = [[0.0 if a == b else math.nan for b in range(depth)] for a in range(depth)]
+    for a in range(depth):
+        for b in range(a + 1, min(a + reach + 1, depth)):
+            if _matrices(blocks.modules[a]) == _matrices(blocks.modules[b]):
+                with exchanged(blocks.modules[a], blocks.modules[b]):
+                    scores[a][b] = scores[b][a] = abs(loss() - whole) / whole
+    return scores
+
+
+def _matrices(block: nn.Module) -> dict[str, torch.Size]:
+    """What must agree for an exchange to mean something: a dense block has none with a mixture of experts."""
+    return {n: p.shape for n, p in block.named_parameters() if p.ndim > 1 and not n.startswith("placement.")}
+
+
+@contextmanager
+@torch.no_grad()
+def exchanged(a: nn.Module, b: nn.Module) -> Iterator[None]:
+    """Within the context two blocks have each other's weights, those that both have by the same name and shape."""
+
+    def exchange() -> None:
+        theirs = {**dict(b.named_parameters()), **dict(b.named_buffers())}
+        for name, mine in [*a.named_parameters(), *a.named_buffers()]:
+            other = theirs.get(name)
+            if other is not None and other is not mine and other.shape == mine.shape:
+                kept = mine.clone()
+                mine.copy_(other)  # in place: whoever shards or offloads the weights keeps the tensor
+                other.copy_(kept)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def _jacobian(blocks: Blocks, loss_of: Callable[[Any], Tensor], batches: Sequence[Any], draws: int) -> list[float]:
+    """E‖Jᵀv‖²/‖v‖² = ‖J‖²/size for random v. Of several streams: a push on all of them at once."""
+    depth, generator = len(blocks), torch.Generator().manual_seed(0)
+    squares = torch.zeros(depth + 1, dtype=torch.float64)
+    for batch in batches:
+        states: list[Tensor] = []
+
+        def before(b: int, x: Tensor, states: list[Tensor] = states) -> Tensor:
+            if b == 0:
+                x = x if x.requires_grad else x.detach().requires_grad_()  # weights may be frozen
+                states.append(x)
+            return x
+
+        def after(b: int, x: Tensor, y: Tensor, states: list[Tensor] = states) -> Tensor:
+            states.append(y)
+            return y
+
+        with blocks.changing(after, before), torch.enable_grad():
+            loss_of(batch)
+            end = blocks.read_out(states[-1])
+            for draw in range(draws):
+                v = torch.randn(end.shape, generator=generator).to(end)
+                gradients = torch.autograd.grad(end, states, v, retain_graph=draw + 1 < draws)
+                squares += torch.tensor([_square(summed(g)) / _square(v) for g in gradients], dtype=torch.float64)
+    return (squares / (draws * len(batches))).sqrt().tolist()
