@@ -14,7 +14,7 @@ import pytest
 import torch
 from rewire_families import tiny_config_of, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 import spannorm
@@ -204,6 +204,31 @@ def layer_output(model: Any, index: int) -> torch.Tensor:
     return seen[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["span", "residual", "siamese", "mixed_input", "mhc", "attnres"])
+def test_hidden_states_have_one_shape_and_are_those_of_our_own_model(placement, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 37}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = spannorm.SpanNormConfig(**sizes, **heads, placement=placement, embedding_multiplier=1.0)
+    model = tiny_model("llama").eval()
+    spannorm.rewire(model, placement)
+    ours = spannorm.SpanNormForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "query")):
+            parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
+    ours.load_state_dict(model.state_dict())
+    expected = ours(IDS, output_hidden_states=True).hidden_states
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "body")
+    for again in (model, copy.deepcopy(model), spannorm.load(tmp_path / "whole"), spannorm.load(tmp_path / "body")):
+        found = again(IDS, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found[-1].shape == (2, 9, 32)
+    some = model.model(IDS, output_hidden_states=[1, -1], return_dict=False)[-1]
+    assert [h is None for h in some] == [True, False, True, False]
+    torch.testing.assert_close((some[1], some[3]), (expected[1], expected[3]), rtol=1e-4, atol=1e-5)
+
+
 def test_the_embedding_is_normalized_where_the_placement_says_whether_ids_or_embeddings_come_in():
     model = span_llama(initial_norm="embedding")
     x = model.model.embed_tokens(IDS)
@@ -236,7 +261,7 @@ def test_the_body_alone_is_rewired_saved_and_loaded(tmp_path: Path):
     assert same_weights(body, whole.model), "the same draw alone and under a head"
     body.save_pretrained(tmp_path)
     again = spannorm.load(tmp_path)
-    assert type(again) is LlamaModel and same_weights(body, again)
+    assert type(again) is type(body) and isinstance(again, LlamaModel) and same_weights(body, again)
 
 
 def test_a_checkpoint_records_how_it_was_made_and_loads_in_another_dtype(tmp_path: Path):
@@ -332,6 +357,20 @@ def test_the_trainer_trains_saves_and_resumes_it(tmp_path: Path):
     assert same_weights(straight.model, resumed.model)
     saved = spannorm.load(tmp_path / "checkpoint-6")
     assert same_weights(saved, resumed.model)
+
+
+def test_a_model_is_saved_as_rewired_whatever_its_configuration_said_before(tmp_path):
+    config = LlamaConfig.from_dict(span_llama().config.to_dict())
+    for how in ("span", "post"):
+        model = LlamaForCausalLM(config)
+        spannorm.rewire(model, how)
+        model.save_pretrained(tmp_path / how)
+        assert same_weights(spannorm.load(tmp_path / how), model)
+        with pytest.raises(OSError, match="load it with spannorm"):
+            LlamaForCausalLM.from_pretrained(tmp_path / how)
+    read = LlamaConfig.from_pretrained(tmp_path / "span")  # as PEFT reads it
+    with pytest.raises(InputError, match="read from a rewired model's folder"):
+        spannorm.rewire(LlamaForCausalLM(read), "span")
 
 
 def test_models_of_one_configuration_are_rewired_each_for_itself(tmp_path):

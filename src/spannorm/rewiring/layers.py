@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
 from spannorm.rewiring.families import Family
-from spannorm.shapes import Stream
+from spannorm.shapes import State, Stream
 
 
 class FamilyNorm(Norm):
@@ -48,11 +49,39 @@ class RewiredLayer:
             hidden_states = self.embedding_norm(hidden_states)
         return self.placement(hidden_states, attn, ffn)
 
+    def read(self, x: State) -> Stream:
+        """What attention reads before its norm, of what comes into the layer."""
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.placement.read(self.placement.enter(x) if self.placement.is_first else x)
+
     def _branch(self, name: str, output: Any) -> Stream:
         f = output[0] if isinstance(output, tuple) else output
         if name in self.family.dropouts:
             f = getattr(self, self.family.dropouts[name])(f)
         return f if self.family.multiplier is None else f * getattr(self, self.family.multiplier)
+
+
+class RewiredBody:
+    """The base model. Its hidden states are those of our own models, however many streams its layers carry.
+
+    `hidden_states` are what each layer's attention reads before its norm, and what the head reads: each (batch, seq,
+    hidden).
+    """
+
+    config: Any
+    layer_path: str
+
+    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        # Transformers records what goes into the first layer and what comes out of each, or None where only some are
+        # asked for, and puts what the head reads in the place of the last
+        outputs = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
+        if outputs.get("hidden_states"):
+            states, layers = outputs["hidden_states"], attrgetter(self.layer_path)(self)
+            read = [x if x is None else layer.read(x) for layer, x in zip(layers, states, strict=False)]
+            outputs["hidden_states"] = (*read, *states[len(read) :])
+        as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
+        return outputs.to_tuple() if as_tuple else outputs
 
 
 class NormedExperts:

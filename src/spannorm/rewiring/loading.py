@@ -14,6 +14,7 @@ from spannorm.inner_norms import READ_BY
 from spannorm.named_code import check_configuration
 from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
 from spannorm.rewiring.families import Family, family_of
+from spannorm.rewiring.layers import RewiredBody
 from spannorm.rewiring.rewire import rewire
 from spannorm.roles import Fused
 
@@ -59,6 +60,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     if wrong:
         raise InputError(f"the weights in {path} do not fit the model its config.json describes: {', '.join(wrong)}.")
     model.__class__ = cls
+    if model.base_model is model:
+        adopt(model, RewiredBody)
     return model
 
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from spannorm.adopt import adopt
 from spannorm.errors import InputError, unknown
 from spannorm.placements import Placement, Stack
-from spannorm.rewiring.configuration import RewiredConfig
+from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
 from spannorm.rewiring.families import Family, family_of
-from spannorm.rewiring.layers import RewiredLayer
+from spannorm.rewiring.layers import RewiredBody, RewiredLayer
 from spannorm.rewiring.surgery import find, fresh_norm, has_own, move_norms, place_inner_norm, rewire_layer, sites
 from spannorm.rewiring.weights import parameter_roles, redraw_, rescale_, set_unit_gain, tied
 
@@ -94,6 +94,11 @@ def rewire(
             f"rewire takes a Transformers model, not a {type(model).__name__}: rewire before you wrap it, or build "
             "plain PyTorch blocks with spannorm.Block."
         )
+    if model.config.model_type == MODEL_TYPE:
+        raise InputError(
+            "this configuration was read from a rewired model's folder as the family's: take "
+            "AutoConfig.from_pretrained(…, trust_remote_code=True), or the model itself with spannorm.load."
+        )
     row = family_of(model.config.model_type)
     base: Any = model.base_model
     layers: Any = find(base, row.layers)
@@ -122,6 +127,8 @@ def rewire(
         added.add("embedding_norm")
     if not stack.final_norm:
         setattr(base, row.final_norm, nn.Identity())
+    base.layer_path = row.layers
+    adopt(base, RewiredBody)
     dropped = tuple(path for path in row.norms.values() if path not in kept.values())
     changed = bool(added or dropped) or not stack.final_norm
     notes = _notes(model, row, layers[-1], stack, own_inner, init, loaded, changed)
@@ -148,7 +155,7 @@ def rewire(
 def _say(model: Any, rewiring: dict[str, Any]) -> None:
     """Write into the model's configuration how it was rewired: into a copy, for other models may share it."""
     old = model.config
-    if getattr(old, "rewiring", None) == rewiring:
+    if isinstance(old, RewiredConfig) and getattr(old, "rewiring", None) == rewiring:
         return
     new: Any = copy.deepcopy(old)
     if not isinstance(new, RewiredConfig):
