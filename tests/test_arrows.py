@@ -18,6 +18,8 @@ CORE = (
     *("routing", "theory", "probes"),
 )
 
+EDGE = ("torchtitan",)  # what another engine is given of the core
+
 # What each file of the core may import, from the package and from outside (the standard library is free to all).
 MAY_IMPORT = {
     "errors": ((), ()),
@@ -32,6 +34,10 @@ MAY_IMPORT = {
     "theory": (("errors", "scaling", "norms", "placements"), ("numpy", "torch")),
     "probes": (("errors",), ("torch",)),
     "block": (("placements", "shapes"), ("torch",)),
+    "torchtitan": (
+        ("errors", "placements", "roles", "init", "adopt", "inner_norms"),
+        ("torch", "torchtitan", "spmd_types"),
+    ),
 }
 
 # Rooms, and the rooms they must not look into: those that stand on them.
@@ -63,7 +69,7 @@ def rooms(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.startswith("spannorm.")}
 
 
-@pytest.mark.parametrize("module", CORE)
+@pytest.mark.parametrize("module", (*CORE, *EDGE))
 def test_the_core_imports_what_the_picture_shows_and_no_more(module):
     inside, outside = MAY_IMPORT[module]
     files = sorted((ROOT / module).glob("*.py")) or [ROOT / f"{module}.py"]

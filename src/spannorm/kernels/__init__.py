@@ -75,7 +75,7 @@ def add_norm(
     if f is None and return_sum:
         return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
     reference.check(x, f)
-    if reference.traced():
+    if reference.traced() or reference.shared_out(x):
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference=True)
     if _choice == "reference" or not _takes(x, f):
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)

@@ -28,5 +28,5 @@ def add_norm(
     if f is None and return_sum:
         return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
     reference.check(x, f)
-    inference = inference or reference.traced()
+    inference = inference or reference.traced() or reference.shared_out(x)
     return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)

@@ -125,6 +125,11 @@ def traced() -> bool:
     return transformed or torch.compiler.is_exporting()
 
 
+def shared_out(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, which knows how to share out PyTorch's own operations and no kernel of ours."""
+    return type(x) is not Tensor and hasattr(x, "device_mesh")
+
+
 def add_norm(
     x: Tensor,
     f: Tensor | None,
