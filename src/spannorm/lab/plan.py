@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, shown, unknown
 from spannorm.lab.summary import arms_named
 from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
 RATE, SEED = "train.learning_rate", "train.seed"
+MOST_RUNS = 100_000
+_LONGEST_FOLDER = 120
 IDENTITY = ("model.placement", "model.depth_rule")
 """Keys that make another arm, even in the grid; the grid's other keys make another condition."""
 
@@ -65,12 +68,14 @@ class Plan:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.protocol = recipe, recipe.compare.protocol
+        self._raw = json.dumps(run_recipe(recipe))
         self._made: dict[str, Job] = {}
+        self._resolved: dict[str, tuple[str, str, str]] = {}
+        self._runs: dict[str, Job] = {}
         grid = {key: values for key, values in recipe.compare.grid.items() if key not in (RATE, SEED)}
         self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
-        if not recipe.compare.arms:
-            raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
+        _check_keys(recipe)
         self.races: dict[tuple[str, str], list[Entrant]] = {}
         for given in recipe.compare.arms:
             for values in itertools.product(*grid.values()):
@@ -80,12 +85,16 @@ class Plan:
                 for key, value in zip(grid, values, strict=True):
                     (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
                 self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
-        seen: set[tuple[str, str]] = set()
+        first: dict[tuple[str, str], Entrant] = {}
         for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
             job = self._job(entrant, rate, seed)
-            if (entrant.table, job.name) in seen:
-                raise InputError(f"compare lists the same run twice: {dict(job.overrides)}.")
-            seen.add((entrant.table, job.name))
+            if (entrant.table, job.name) in first:
+                given, twin = ({**e.arm, **e.cell} for e in (entrant, first[entrant.table, job.name]))
+                raise InputError(
+                    f"compare lists the same run twice: {shown(given)} and {shown(twin)} are both {job.arm}, learning "
+                    f"rate {rate:g}, seed {seed}. Take one out: a run counts once."
+                )
+            first[entrant.table, job.name] = entrant
         self.pairs = self._checked_pairs()
         if self.protocol.seeds:
             self._check_protocol()
@@ -150,19 +159,39 @@ class Plan:
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
-            raw = json.loads(json.dumps(run_recipe(self.recipe)))
+            raw = json.loads(self._raw)
             for name, value in overrides.items():
                 set_key(raw, name, value)
             recipe = recipe_from_dict(raw)
-            config = model_config(recipe)
-            t = recipe.train
-            digest = hashlib.sha256(json.dumps(run_recipe(recipe), sort_keys=True).encode()).hexdigest()[:8]
-            words = f"{config.placement}-{config.depth_rule}-lr{t.learning_rate:g}-seed{t.seed}"
-            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-")) + f"-{digest}"
-            extras = [f"{k.rpartition('.')[2]}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
-            arm = " ".join([config.placement, str(config.depth_rule), *extras])
-            self._made[key] = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
+            placement, rule, resolved = self._resolve(recipe)
+            t, resolved_run = recipe.train, run_recipe(recipe)
+            text = json.dumps(resolved_run, sort_keys=True)
+            resolved_run["model"] = [resolved, recipe.model.get("init_seed", t.seed)]
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            words = f"{placement}-{rule}-lr{t.learning_rate:g}-seed{t.seed}"
+            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:_LONGEST_FOLDER] + f"-{digest}"
+            extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
+            arm = " ".join([placement, rule, *extras])
+            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
+            # one run, however its arm is spelled: a placement's own depth rule may be said or not
+            self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]
+
+    def _resolve(self, recipe: Recipe) -> tuple[str, str, str]:
+        """Placement, depth rule and all else that a recipe's model comes to, but for the seed of its weights."""
+        key = json.dumps([recipe.model, recipe.train.sequence_length])
+        if key not in self._resolved:
+            config = model_config(recipe)
+            rest = {k: v for k, v in config.to_dict().items() if k != "init_seed"}
+            text = json.dumps(rest, sort_keys=True, default=str)
+            self._resolved[key] = config.placement, str(config.depth_rule), text
+        return self._resolved[key]
+
+    def _short(self, key: str) -> str:
+        """The last part of an arm's key, or the key itself where two share it."""
+        last = key.rpartition(".")[2]
+        keys = {k for arm in self.recipe.compare.arms for k in arm if k.rpartition(".")[2] == last}
+        return key if len(keys) > 1 else last
 
     def _own(self, key: str) -> Any:
         return getattr(self.recipe.train, key.rpartition(".")[2])
@@ -212,3 +241,34 @@ class Plan:
                 "compare.protocol chooses a learning rate among three or more, so that there is a middle and two "
                 f"edges; compare.grid has {list(self.rates)} under {RATE}."
             )
+
+
+def _check_keys(recipe: Recipe) -> None:
+    """Refuse a comparison that lists nothing or too much, or sets one key in two places."""
+    arms, grid = recipe.compare.arms, recipe.compare.grid
+    if not arms:
+        raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
+    for name, values in grid.items():
+        if not values:
+            raise InputError(f"compare.grid.{name} lists no value: give one or more, or take it out.")
+    if (count := len(arms) * math.prod(map(len, grid.values()))) > MOST_RUNS:
+        raise InputError(f"compare asks for {count:,} runs (arms x grid), and can hold {MOST_RUNS:,}.")
+    by_name: dict[str, set[str]] = {}
+    for name, values in grid.items():
+        by_name[name] = {key for value in values for key in (value if isinstance(value, Mapping) else [name])}
+    for index, arm in enumerate(arms):
+        sections = {f"compare.arms[{index}]": set(arm) - {"table"}}
+        sections |= {f"compare.grid.{name}": keys for name, keys in by_name.items()}
+        for where, keys in sections.items():
+            for key in keys:
+                if key.partition(".")[0] not in ("model", "data", "train") or not key.partition(".")[2]:
+                    raise InputError(
+                        f"{where} sets {shown(key)}: it takes dotted keys of model, data and train, such as "
+                        "model.placement."
+                    )
+        for (one, keys), (other, others) in itertools.combinations(sections.items(), 2):
+            for key, twin in itertools.product(sorted(keys), sorted(others)):
+                if f"{key}.".startswith(f"{twin}.") or twin.startswith(f"{key}."):
+                    raise InputError(
+                        f"{one} sets {key} and {other} sets {twin}, which would silently win: take it out of one."
+                    )

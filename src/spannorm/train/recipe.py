@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,15 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+_kinds = cache(typing.get_type_hints)
+
+
 def _build(cls: type, raw: Any, where: str) -> Any:
     if raw is None:
         raw = {}
     if not isinstance(raw, Mapping):
         raise InputError(f"{where} must be a mapping with the keys {', '.join(_names(cls))}; got {shown(raw)}.")
-    kinds, declared = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
+    kinds, declared = _kinds(cls), {f.name: f for f in fields(cls)}
     values = {}
     for key, value in raw.items():
         if key not in kinds:
