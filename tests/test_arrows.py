@@ -14,8 +14,8 @@ import spannorm
 
 ROOT = Path(spannorm.__file__).parent
 CORE = (
-    *("errors", "scaling", "shapes", "kernels", "norms", "placements", "roles", "init", "block"),
-    *("routing", "theory", "probes"),
+    *("errors", "values", "scaling", "model_keys", "shapes", "kernels", "norms", "placements", "roles", "init"),
+    *("block", "routing", "theory", "probes"),
 )
 
 EDGE = ("torchtitan",)  # what another engine is given of the core
@@ -23,11 +23,13 @@ EDGE = ("torchtitan",)  # what another engine is given of the core
 # What each file of the core may import, from the package and from outside (the standard library is free to all).
 MAY_IMPORT = {
     "errors": ((), ()),
+    "values": (("errors",), ()),
     "scaling": (("errors",), ()),
+    "model_keys": (("errors", "scaling", "values"), ()),
     "shapes": ((), ("torch", "jaxtyping")),
     "kernels": (("errors",), ("torch", "triton")),
     "norms": (("errors", "shapes", "kernels"), ("torch",)),
-    "placements": (("errors", "shapes", "scaling", "norms"), ("torch",)),
+    "placements": (("errors", "values", "shapes", "scaling", "norms"), ("torch",)),
     "roles": (("errors", "scaling", "norms", "placements"), ("torch",)),
     "init": (("errors", "scaling", "roles"), ("torch",)),
     "routing": ((), ("torch",)),

@@ -36,9 +36,30 @@ class Interrupted(BaseException):
         self.exit_code = exit_code
 
 
-def unknown(what: str, given: object, known: Iterable[str]) -> InputError:
+def unknown(what: str, given: object, known: Iterable[object]) -> InputError:
     """The error for a name that is not known: names the nearest known one, and all of them."""
-    names = list(known)
-    near = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    names = [str(name) for name in known]
+    near = get_close_matches(shorter(str(given)) if isinstance(given, str) else "", names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {what} {given!r}: {hint}Known: {', '.join(names)}.")
+    return InputError(f"unknown {what} {shown(given)}: {hint}Known: {', '.join(names)}.")
+
+
+def one_of(what: str, given: object, known: Iterable[str]) -> str:
+    """The name, if it is one of those known; else the error of `unknown`."""
+    names = list(known)
+    if not isinstance(given, str) or given not in names:
+        raise unknown(what, given, names)
+    return given
+
+
+def shown(value: object) -> str:
+    """A value as a message can hold it: in one line, and cut where it is long."""
+    try:
+        return shorter(repr(value))
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
+        return f"a very large {type(value).__name__}"
+
+
+def shorter(text: str, most: int = 80) -> str:
+    """A text, or the beginning of one that is too long to be read in a message."""
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from spannorm.errors import unknown
+from spannorm.errors import one_of
 from spannorm.kernels import add_norm
 from spannorm.shapes import Stream
 
@@ -73,7 +73,10 @@ class Norm(nn.Module):
 
 
 class RMSNorm(Norm):
-    """`x / √(mean(x²) + eps) · weight`, in the input's dtype, half precision summed in fp32."""
+    """`x / √(mean(x²) + eps) · weight`, in the input's dtype, half precision summed in fp32.
+
+    Backward needs the output, so that, as for `torch.exp`, PyTorch raises an error where it was changed in place.
+    """
 
 
 class LayerNorm(Norm):
@@ -96,8 +99,6 @@ NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 def build_norm(name: str, hidden_size: int, eps: float = 1e-6, gain: float = 1.0) -> Norm:
     """A norm by name, `rmsnorm` or `layernorm`, with its initial gain."""
-    if name not in NORMS:
-        raise unknown("norm", name, NORMS)
-    norm = NORMS[name](hidden_size, eps)
+    norm = NORMS[one_of("norm", name, NORMS)](hidden_size, eps)
     nn.init.constant_(norm.weight, gain)
     return norm

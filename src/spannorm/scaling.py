@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, one_of, unknown
 
 Role = Literal[
     "embedding", "head",
@@ -144,6 +144,8 @@ def depth_rule(name: str, num_layers: int, layer_idx: int = 0) -> DepthRule:
         raise InputError(f"a model needs at least 1 block; num_layers is {num_layers}.")
     if not 0 <= layer_idx < num_layers:
         raise InputError(f"layer_idx must lie in 0 … {num_layers - 1} for {num_layers} blocks; got {layer_idx}.")
+    if not isinstance(name, str):
+        raise unknown("depth rule", name, depth_rule_names())
     found = _ARGUMENTS.fullmatch(name)
     word, given = found.groups() if found else (name, None)
     factor_name, *suffixes = word.split(":")
@@ -241,8 +243,7 @@ def base_std(
         tied: whether embedding and head share one matrix.
         num_layers: L, which `tiny` alone asks for.
     """
-    if base_init not in BASE_INITS:
-        raise unknown("base_init", base_init, BASE_INITS)
+    one_of("base_init", base_init, BASE_INITS)
     if role in ("norm", "bias", "gain"):
         return 0.0
     if base_init in ("normal", "normal_cut"):

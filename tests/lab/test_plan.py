@@ -125,3 +125,52 @@ def test_a_protocol_that_cannot_be_followed_is_refused(recipe: Recipe, given: di
     with pytest.raises(InputError) as caught:
         Plan(with_protocol(recipe, **given))
     assert says in str(caught.value)
+
+
+SIZE = {"size": ({"model.hidden_size": 16}, {"model.hidden_size": 32})}
+
+
+@pytest.mark.parametrize(
+    ("arms", "grid", "says"),
+    [
+        ((), {}, "lists no arm"),
+        (ARMS, {"train.seed": ()}, "compare.grid.train.seed lists no value"),
+        (ARMS, {"train.seed": tuple(range(1000)), "train.steps": tuple(range(1, 1001))}, "2,000,000 runs"),
+        (({"model.placement": "span"}, {"model.placement": "span", "model.depth_rule": "1/sqrt(L)"}), {}, "twice"),
+        (({"model.placement": "span"}, {"model.placement": "span", "model.qk_norm": False}), {}, "twice"),
+        (ARMS, {"train.clip_norm": (1, 1.0)}, "twice"),
+        (({"model.hidden_size": 16},), SIZE, "sets model.hidden_size and compare.grid.size sets model.hidden_size"),
+        (({"train.learning_rate": 1e-3},), {"train.learning_rate": (1e-3, 2e-3)}, "silently win"),
+        (({"train.seed": 1},), {"train.seed": (0, 1)}, "silently win"),
+        (({"model.depth_rule": "none"},), {"model.depth_rule": ("none", "1/sqrt(L)")}, "silently win"),
+        (ARMS, {**SIZE, "model.hidden_size": (8,)}, "silently win"),
+        (
+            ({"model.placement_options": {"initial_norm": "embedding"}},),
+            {"model.placement_options.initial_norm": ("none", "attention")},
+            "silently win",
+        ),
+        (({"train": {"steps": 3}},), {}, "dotted keys"),
+        (({"compare.grid.train.seed": [1]},), {}, "dotted keys"),
+        (({"name": "x"},), {}, "dotted keys"),
+        (ARMS, {"size": (8, 16)}, "dotted keys"),
+        (ARMS, {"train.learning_rate": (1e-3, "fast")}, "train.learning_rate must be a number"),
+    ],
+)
+def test_a_comparison_that_would_fool_its_reader_is_refused(
+    recipe: Recipe, arms: tuple, grid: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        Plan(replace(recipe, compare=CompareRecipe(arms=arms, grid=grid)))
+    assert says in str(caught.value)
+
+
+def test_one_run_spelled_in_two_ways_in_two_tables_is_run_once(recipe: Recipe) -> None:
+    arms = ({"model.placement": "span", "table": "a"}, {"model.depth_rule": "1/sqrt(L)", "table": "b"})
+    jobs = Plan(replace(recipe, compare=CompareRecipe(arms=arms))).jobs({})
+    assert [job.tables for job in jobs] == [("a", "b")]
+
+
+def test_two_keys_that_end_alike_make_two_arms(recipe: Recipe) -> None:
+    arms = ({"model.vocab_size": 300}, {"data.vocab_size": 300})
+    jobs = Plan(replace(recipe, compare=CompareRecipe(arms=arms))).jobs({})
+    assert len({job.arm for job in jobs}) == 2

@@ -394,3 +394,14 @@ def test_a_mixture_compiles_to_one_graph_with_the_same_losses_and_gradients():
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["same", "span", "same", "subln"]
+
+
+@pytest.mark.parametrize("placement", ["span", "normformer"])
+def test_a_float64_mixture_runs_on_the_backend_it_has_by_default(tiny_config, placement):
+    config = tiny_config(placement=placement, num_experts=4, moe_intermediate_size=8)
+    model = SpanNormForCausalLM(config).double()
+    ids = torch.randint(0, 37, (2, 9))
+    asked = model(ids, labels=ids).loss
+    model.set_experts_implementation("eager")
+    assert asked.dtype == torch.float64 and torch.equal(asked, model(ids, labels=ids).loss)
+    asked.backward()

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -385,3 +386,100 @@ def test_models_of_one_configuration_are_rewired_each_for_itself(tmp_path):
         again = spannorm.load(tmp_path / name)
         assert again.config.rewiring["placement"] == name
         torch.testing.assert_close(again.eval()(IDS).logits, models[name].eval()(IDS).logits)
+
+
+# It does a thing or leaves things as they were
+
+
+def with_head(model: Any) -> None:
+    model.value_head = nn.Linear(32, 1)
+
+
+def with_adapter(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+
+
+def with_a_shared_layer(model: Any) -> None:
+    model.model.layers[2] = model.model.layers[0]
+
+
+def with_a_shared_ffn(model: Any) -> None:
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+
+
+@pytest.mark.parametrize("init", ["rescale", "redraw"])
+@pytest.mark.parametrize("harm", [with_head, with_adapter, with_a_shared_layer, with_a_shared_ffn])
+def test_a_model_that_is_refused_is_as_it_was(harm, init):
+    model = tiny_model("llama").eval()
+    harm(model)
+    before, wiring, logits = copy.deepcopy(model.state_dict()), str(model), model(IDS, use_cache=False).logits
+    with pytest.raises(InputError):
+        spannorm.rewire(model, "span", init=init)
+    assert str(model) == wiring and not hasattr(model.config, "rewiring")
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(IDS, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("step", ["place_inner_norm", "move_norms", "rewire_layer", "set_unit_gain", "_say"])
+def test_whatever_fails_inside_leaves_the_model_as_it_was(step, monkeypatch):
+    model = tiny_model("llama").eval()
+    logits, wiring = model(IDS, use_cache=False).logits, str(model)
+    where = sys.modules["spannorm.rewiring.rewire"]
+    real, calls = getattr(where, step), []
+
+    def breaks(*given: Any) -> Any:
+        done = real(*given)
+        calls.append(0)
+        if len(calls) > 1 or step in ("set_unit_gain", "_say"):
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(where, step, breaks)
+    with pytest.raises(KeyboardInterrupt):
+        spannorm.rewire(model, "normformer", init="redraw")
+    monkeypatch.undo()
+    assert str(model) == wiring and not hasattr(model.config, "rewiring")
+    assert torch.equal(model(IDS, use_cache=False).logits, logits)
+    spannorm.rewire(model, "pre", depth_rule="none", init=False)
+    assert torch.equal(model(IDS, use_cache=False).logits, logits)
+
+
+def test_fp32_gains_of_a_half_precision_model_stay_fp32_and_change_no_bit():
+    model = tiny_model("llama").to(torch.bfloat16).eval()
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float().weight.data.uniform_(0.5, 2)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = model(IDS, use_cache=False).logits
+        spannorm.rewire(model, "pre", depth_rule="none", init=False)
+        assert torch.equal(model(IDS, use_cache=False).logits, before)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert norms and all(p.dtype == torch.float32 for p in norms)
+
+
+@pytest.mark.parametrize("wrong", [None, "tuple", "narrow"])
+def test_a_sublayer_that_does_not_answer_is_an_error_and_no_dropped_branch(wrong):
+    model = tiny_model("llama").eval()
+    spannorm.rewire(model, "span", init=False)
+
+    def forward(x: torch.Tensor) -> Any:
+        return None if wrong is None else x[..., :1] if wrong == "narrow" else (x, x)
+
+    model.model.layers[1].mlp.forward = forward
+    if wrong == "tuple":  # of a tuple the first is taken, as the families' own layers do
+        model(IDS)
+    else:
+        with pytest.raises(InputError, match="the feed-forward must return one tensor of the shape"):
+            model(IDS)
+    for answer in (None, (1, 2)):
+        placement = spannorm.build_placement("span", hidden_size=8, layer_idx=1, num_layers=3)
+        with pytest.raises(InputError, match="attention must return one tensor"):
+            placement(torch.ones(1, 2, 8), lambda x, answer=answer: answer, torch.tanh)
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "layernorm"}, {"eps": 0.5}, {"seed": "1"}])
+def test_an_option_that_does_nothing_is_refused(wrong):
+    with pytest.raises(InputError):
+        spannorm.rewire(tiny_model("llama"), "span", **wrong)

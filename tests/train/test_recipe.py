@@ -11,6 +11,7 @@ from spannorm.train.recipe import load_recipe, recipe_from_dict
 from spannorm.train.run import model_config
 
 ROOT = Path(__file__).parents[2]
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def write(path: Path, text: str) -> Path:
@@ -63,11 +64,11 @@ def test_set_overrides_any_key_and_is_typed_like_yaml(tmp_path: Path) -> None:
         ("compare: {arms: 3}", ["compare.arms", "list"]),
         ("[1, 2]", ["mapping"]),
         ("a: [", ["YAML"]),
-        ("train: {steps: 0}", ["train.steps", "above 0"]),
+        ("train: {steps: 0}", ["train.steps", "at least 1"]),
         ("train: {steps: 10, warmup_steps: 10}", ["train.warmup_steps", "below", "try 1"]),
         ("train: {learning_rate: -1}", ["train.learning_rate", "above 0"]),
-        ("train: {learning_rate: .nan}", ["train.learning_rate", "above 0"]),
-        ("train: {adam_beta2: 1}", ["adam_beta2", "[0, 1)"]),
+        ("train: {learning_rate: .nan}", ["train.learning_rate", "finite", "nan"]),
+        ("train: {adam_beta2: 1}", ["adam_beta2", "below 1", "1.0"]),
         ("train: {schedule: cosin}", ["cosin", "'cosine'"]),
         ("train: {precision: fp16}", ["fp16", "bf16"]),
         ("train: {kernels: cuda}", ["train.kernels", "cuda", "triton"]),
@@ -96,11 +97,12 @@ def test_a_missing_recipe_and_a_set_without_value_are_refused(tmp_path: Path) ->
     ("model", "words"),
     [
         ({"hidden_siz": 16}, ["hidden_siz", "'hidden_size'"]),
-        ({"hidden_size": 250, "num_attention_heads": 16}, ["250", "16", "try 256"]),
+        ({**SIZES, "hidden_size": 250, "num_attention_heads": 16}, ["250", "16", "try 256"]),
         ({"hidden_size": "wide"}, ["hidden_size", "wide"]),
-        ({"hidden_size": 16, "num_attention_heads": 2, "placement": "spam"}, ["spam", "'span'"]),
-        ({"hidden_size": 16, "num_attention_heads": 2, "depth_rule": "1/sqrt(2l)"}, ["1/sqrt(2l)", "1/sqrt(2L)"]),
-        ({"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 8}, ["sequence_length", "8"]),
+        ({**SIZES, "placement": "spam"}, ["spam", "'span'"]),
+        ({**SIZES, "depth_rule": "1/sqrt(2l)"}, ["1/sqrt(2l)", "1/sqrt(2L)"]),
+        ({**SIZES, "max_position_embeddings": 8}, ["sequence_length", "8"]),
+        ({}, ["model.hidden_size", "model.num_hidden_layers", "no default"]),
     ],
 )
 def test_an_impossible_model_is_refused_before_any_data_is_read(model: dict, words: list[str]) -> None:

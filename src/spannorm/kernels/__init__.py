@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, one_of
 from spannorm.kernels import reference
 
 KERNELS = ("auto", "reference", "triton")
@@ -35,8 +35,7 @@ def use(kernels: str) -> None:
             forward pass says so: an explicit choice never falls back.
     """
     global _choice, _fused
-    if kernels not in KERNELS:
-        raise unknown("kernels", kernels, KERNELS)
+    one_of("kernels", kernels, KERNELS)
     if kernels == "triton":
         if find_spec("triton") is None:
             raise InputError("kernels=triton needs Triton: pip install triton, or choose auto or reference.")

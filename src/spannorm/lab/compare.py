@@ -107,7 +107,8 @@ def _opened(
             model_config(job.recipe, tokens[which])
         _check_tasks(jobs, tokens)
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
-        about = _about(recipe, tokens[recipe.data] if recipe.data in tokens else next(iter(tokens.values())))
+        # the first run's: a recipe may leave its sizes to its arms or its grid
+        about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
         yield Runner(out, plan.jobs, data, imports, at_once), about
 
 
@@ -145,11 +146,11 @@ def _data_folder(out: Path, recipe: DataRecipe) -> Path:
     return out / "data" / digest
 
 
-def _about(recipe: Recipe, tokens: TokenData) -> dict[str, Any]:
+def _about(recipe: Recipe, first: Job, tokens: TokenData) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "recipe": recipe.to_dict(),
-        "model_config": model_config(recipe, tokens).to_dict(),
+        "model_config": model_config(first.recipe, tokens).to_dict(),
         "versions": versions(),
         "machine": machine(),
         "data": {

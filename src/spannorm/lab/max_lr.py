@@ -13,7 +13,7 @@ from spannorm.lab.plan import RATE
 from spannorm.lab.summary import condition
 from spannorm.lab.tolerance import tolerances
 from spannorm.train.ramp import PEAK, SHARE, SHARES
-from spannorm.train.recipe import CompareRecipe, Recipe
+from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
 
 
 def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
@@ -23,12 +23,13 @@ def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
     `-max-lr`, so that both may lie in the same folder of runs.
     """
     grid = {key: values for key, values in recipe.compare.grid.items() if key != RATE}
-    return replace(
+    ramped = replace(
         recipe,
         name=f"{recipe.name}-max-lr",
         train=replace(recipe.train, schedule="ramp", learning_rate=peak),
         compare=CompareRecipe(recipe.compare.arms or ({},), grid),
     )
+    return recipe_from_dict(ramped.to_dict())
 
 
 def print_tolerances(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

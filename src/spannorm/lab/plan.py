@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, shown, unknown
 from spannorm.lab.summary import arms_named
 from spannorm.train.recipe import Recipe, TrainRecipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
 RATE, SEED = "train.learning_rate", "train.seed"
+MOST_RUNS = 100_000
 IDENTITY = ("model.placement", "model.depth_rule")
 """Keys that make another arm, even in the grid; the grid's other keys make another condition."""
 
@@ -68,11 +70,6 @@ def _resolved(recipe: Recipe, config: Any) -> str:
     return json.dumps([model, raw["data"], train], sort_keys=True, default=str)
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys set the same thing, or one a part of the other."""
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
-
-
 @dataclass(frozen=True)
 class Entrant:
     """An arm under one condition, in one table."""
@@ -98,9 +95,8 @@ class Plan:
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
         self._bases: dict[str, _Base] = {}
         self._values: dict[tuple[str, str], Any] = {}
-        self._check_overrides()
-        if not recipe.compare.arms:
-            raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
+        self._runs: dict[str, Job] = {}
+        _check_keys(recipe)
         self.races: dict[tuple[str, str], list[Entrant]] = {}
         for given in recipe.compare.arms:
             for values in itertools.product(*grid.values()):
@@ -170,37 +166,18 @@ class Plan:
         held = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(held, key=lambda rate: held[rate]) if held else None
 
-    def _check_overrides(self) -> None:
-        """Refuse a grid without values, and a key that is set twice: one of the two would win without a word."""
-        grid = self.recipe.compare.grid
-        keys: dict[str, str] = {}
-        for name, values in grid.items():
-            if not values:
-                raise InputError(f"compare.grid.{name} lists no value: give at least one, or leave the key out.")
-            for key in {k: None for value in values for k in (value if isinstance(value, Mapping) else (name,))}:
-                other = next((k for k in keys if _overlap(key, k)), None)
-                if other:
-                    raise InputError(f"compare.grid sets {key} twice, under {keys[other]} and under {name}.")
-                keys[key] = name
-        for arm in self.recipe.compare.arms:
-            for key in arm:
-                other = next((k for k in keys if key != "table" and _overlap(key, k)), None)
-                if other:
-                    raise InputError(
-                        f"the arm {dict(arm)} sets {key}, and compare.grid sets {other} for every arm: leave it to one."
-                    )
-
     def _check_apart(self) -> None:
         """Refuse a run that is listed twice, however it is spelled, and two arms of one name."""
         seen: dict[tuple[str, str], Mapping[str, Any]] = {}
         named: dict[tuple[str, str, str], Any] = {}
         for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
             job = self._job(entrant, rate, seed)
+            given = {**entrant.arm, **entrant.cell, RATE: rate, SEED: seed}
             if (entrant.table, job.resolved) in seen:
-                both = [dict(o) for o in (seen[entrant.table, job.resolved], job.overrides)]
+                both = [dict(o) for o in (seen[entrant.table, job.resolved], given)]
                 told = f"{both[0]}" if both[0] == both[1] else f"{both[0]} and {both[1]}"
                 raise InputError(f"compare lists the same run twice: {told}.")
-            seen[entrant.table, job.resolved] = job.overrides
+            seen[entrant.table, job.resolved] = given
             arm = {key: value for key, value in entrant.arm.items() if key not in (RATE, SEED)}
             other = named.setdefault((entrant.table, json.dumps(entrant.cell), job.arm), arm)
             if other != arm:
@@ -245,9 +222,9 @@ class Plan:
             extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
             arm = " ".join([config.placement, str(config.depth_rule), *extras])
             resolved = f"{base.resolved} {t.learning_rate!r} {t.seed} {base.recipe.model.get('init_seed', t.seed)}"
-            self._made[key] = Job(
-                folder, overrides, recipe, arm, entrant.cell, (entrant.table,), config=config, resolved=resolved
-            )
+            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,), config=config, resolved=resolved)
+            # one run, however its arm is spelled: a placement's own depth rule may be said or not
+            self._made[key] = self._runs.setdefault(resolved, job)
         return self._made[key]
 
     def _short(self, key: str) -> str:
@@ -304,3 +281,34 @@ class Plan:
                 "compare.protocol chooses a learning rate among three or more, so that there is a middle and two "
                 f"edges; compare.grid has {list(self.rates)} under {RATE}."
             )
+
+
+def _check_keys(recipe: Recipe) -> None:
+    """Refuse a comparison that lists nothing or too much, or sets one key in two places."""
+    arms, grid = recipe.compare.arms, recipe.compare.grid
+    if not arms:
+        raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
+    for name, values in grid.items():
+        if not values:
+            raise InputError(f"compare.grid.{name} lists no value: give one or more, or take it out.")
+    if (count := len(arms) * math.prod(map(len, grid.values()))) > MOST_RUNS:
+        raise InputError(f"compare asks for {count:,} runs (arms x grid), and can hold {MOST_RUNS:,}.")
+    by_name: dict[str, set[str]] = {}
+    for name, values in grid.items():
+        by_name[name] = {key for value in values for key in (value if isinstance(value, Mapping) else [name])}
+    for index, arm in enumerate(arms):
+        sections = {f"compare.arms[{index}]": set(arm) - {"table"}}
+        sections |= {f"compare.grid.{name}": keys for name, keys in by_name.items()}
+        for where, keys in sections.items():
+            for key in keys:
+                if key.partition(".")[0] not in ("model", "data", "train") or not key.partition(".")[2]:
+                    raise InputError(
+                        f"{where} sets {shown(key)}: it takes dotted keys of model, data and train, such as "
+                        "model.placement."
+                    )
+        for (one, keys), (other, others) in itertools.combinations(sections.items(), 2):
+            for key, twin in itertools.product(sorted(keys), sorted(others)):
+                if f"{key}.".startswith(f"{twin}.") or twin.startswith(f"{key}."):
+                    raise InputError(
+                        f"{one} sets {key} and {other} sets {twin}, which would silently win: take it out of one."
+                    )

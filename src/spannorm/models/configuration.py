@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spannorm.auto_code import AUTO_CODE, write_auto_code
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, shown
+from spannorm.model_keys import MODEL_KEYS, checked_key
 from spannorm.named_code import check_configuration
 from spannorm.placements import Stack
-from spannorm.scaling import BASE_INITS
-
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+from spannorm.values import NONE, Limits, checked
 
 _AUTO = {
     "AutoConfig": "SpanNormConfig",
@@ -32,6 +35,46 @@ def _of_mixtures(value: Any) -> Any:
     return field(default_factory=lambda: value, metadata={"mixtures": True})
 
 
+_DTYPES = tuple(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+_GENERAL: dict[str, tuple[Any, Limits]] = {
+    "dtype": (str | torch.dtype | None, Limits(known=_DTYPES)),
+    "torch_dtype": (str | torch.dtype | None, Limits(known=_DTYPES)),
+    "architectures": (list[str] | None, NONE),
+    "output_hidden_states": (bool | None, NONE),
+    "output_attentions": (bool | None, NONE),
+    "return_dict": (bool | None, NONE),
+    "num_labels": (int | None, Limits(least=0, most=1 << 24)),
+    "id2label": (Mapping[Any, Any] | None, NONE),
+    "label2id": (Mapping[Any, Any] | None, NONE),
+}
+"""Keys of every configuration that Transformers takes without a look, or with a traceback."""
+
+
+def _held_to_its_keys(cls: Any) -> Any:
+    """Check every value before the class sees it, and say in our words what Transformers still refuses."""
+    make = cls.__init__
+
+    @wraps(make)
+    def checked_first(self: Any, *args: Any, **values: Any) -> None:
+        for key, value in values.items():
+            if key in MODEL_KEYS:
+                values[key] = checked_key(key, value)
+            elif key in _GENERAL:
+                kind, limits = _GENERAL[key]
+                checked(kind, value, f"`{key}`", limits)
+        try:
+            make(self, *args, **values)
+        except InputError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # its validators raise them all
+            reason = getattr(error, "__cause__", None) or error
+            raise InputError(f"this configuration cannot be: {' '.join(str(reason).split())[:400]}") from error
+
+    cls.__init__ = checked_first
+    return cls
+
+
+@_held_to_its_keys
 @strict
 class SpanNormConfig(LlamaConfig):
     """Configuration of `SpanNormModel`. All keys of `LlamaConfig`, and:
@@ -96,12 +139,11 @@ class SpanNormConfig(LlamaConfig):
         if self.num_experts:
             self._check_experts()
         self.depth_rule = self.stack.depth_rule
-        if self.base_init not in BASE_INITS:
-            raise unknown("base_init", self.base_init, BASE_INITS)
         if self.embedding_multiplier is None:
             scaled = self.tie_word_embeddings and self.base_init in ("fan_in", "xavier", "tiny")
             self.embedding_multiplier = self.hidden_size**0.5 if scaled else 1.0
         super().__post_init__(**kwargs)
+        self._check_rope()
         if not self.num_experts:
             for key in MIXTURE_KEYS:
                 delattr(self, key)
@@ -124,10 +166,6 @@ class SpanNormConfig(LlamaConfig):
         return type(self) is type(other) and all(getattr(self, k, None) == getattr(other, k, None) for k in keys)
 
     def _check_sizes(self) -> None:
-        for name in (*_SIZES, "num_key_value_heads", "head_dim"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise InputError(f"`{name}` must be at least 1; got {size}.")
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if width % heads:
             # an even number of channels a head, which RoPE turns in pairs
@@ -147,22 +185,31 @@ class SpanNormConfig(LlamaConfig):
                 f"the head size ({width // heads} = `hidden_size` {width} / `num_attention_heads` {heads}) must be "
                 "even for RoPE: change one of the two."
             )
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise InputError(f"`pad_token_id` ({self.pad_token_id}) must be below `vocab_size` ({self.vocab_size}).")
+
+    def _check_rope(self) -> None:
+        if self.rope_parameters == {"rope_theta": self.default_theta, "rope_type": "default"}:
+            return
+        try:
+            turns = LlamaRotaryEmbedding(config=self, device="cpu").inv_freq
+        except Exception as error:  # the many kinds behind it raise nearly everything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise InputError(f"`rope_parameters` ({shown(self.rope_parameters)}) cannot be used: {reason}.") from None
+        if not (turns.isfinite() & (turns > 0)).all():
+            raise InputError(
+                f"`rope_parameters` ({shown(self.rope_parameters)}) must give every pair of channels a positive, "
+                "finite frequency: choose another rope_theta or factor."
+            )
 
     def _check_experts(self) -> None:
         experts, k, size = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
-        if experts < 0:
-            raise InputError(f"`num_experts` must be at least 1, or 0 for a dense model; got {experts}.")
         if not 1 <= k <= experts:
             raise InputError(f"`num_experts_per_tok` ({k}) must lie in 1 … `num_experts` ({experts}).")
         if size < 1:
             raise InputError(
                 f"`moe_intermediate_size` must be at least 1 for experts; got {size}. As many active parameters as the "
                 f"dense model: {max(1, self.intermediate_size // k)}."
-            )
-        shared = self.shared_expert_intermediate_size
-        if shared is not None and shared < 1:
-            raise InputError(
-                f"`shared_expert_intermediate_size` must be at least 1; got {shared}. None means no shared expert."
             )
         step = self.decoder_sparse_step
         if not 1 <= step <= self.num_hidden_layers:
@@ -175,11 +222,8 @@ class SpanNormConfig(LlamaConfig):
                 "`norm_topk_prob` makes the weight of a single expert 1 whatever the router says, so that the router "
                 "would never learn: with `num_experts_per_tok` 1, set it to false."
             )
-        if self.router_aux_scope not in ("sequence", "batch"):
-            raise unknown("router_aux_scope", self.router_aux_scope, ["sequence", "batch"])
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise InputError(f"`{name}` must not be negative; got {getattr(self, name)}.")
+        if self.mlp_bias and step == 1:
+            raise InputError("`mlp_bias` is for dense feed-forwards, and every layer's is a mixture: leave it out.")
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Whether a block's feed-forward is a mixture of experts."""

@@ -45,6 +45,16 @@ class ExpertNorm(nn.Module):
         return normed * self.weight[expert].to(x.dtype) + self.bias[expert].to(x.dtype)
 
 
+class Experts(Qwen3MoeExperts):
+    """Qwen3-MoE's experts, except that a float64 model runs them one by one: PyTorch's `grouped_mm` has no float64."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        alone = hidden_states.dtype == torch.float64 and self.config._experts_implementation == "grouped_mm"
+        run = Qwen3MoeExperts.forward.__wrapped__ if alone else Qwen3MoeExperts.forward
+        y: Tensor = run(self, hidden_states, top_k_index, top_k_weights)
+        return y
+
+
 class NormedExperts(Qwen3MoeExperts):
     """Qwen3-MoE's experts, except that each normalizes what its down projection reads.
 
@@ -68,11 +78,11 @@ class NormedExperts(Qwen3MoeExperts):
     def _linear(self, x: Tensor, weight: Tensor, expert: Tensor, rows: Tensor) -> Tensor:
         """Each expert's rows times its own matrix."""
         how = self.config._experts_implementation or "eager"
-        if how == "grouped_mm":
+        if how == "grouped_mm" and x.dtype != torch.float64:
             return _grouped_linear(x, weight, rows.cumsum(0, dtype=torch.int32))
         if how == "batched_mm":
             return torch.bmm(weight[expert], x.unsqueeze(-1)).squeeze(-1)
-        if how != "eager":
+        if how not in ("eager", "grouped_mm"):
             raise InputError(f"experts with a norm inside run as 'eager', 'grouped_mm' or 'batched_mm'; got {how!r}.")
         return torch.cat([F.linear(part, w) for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
 
@@ -95,7 +105,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: SpanNormConfig, inner_norms: Mapping[str, str]) -> None:
         super().__init__()
         self.gate = TopKRouter(config)
-        self.experts = (NormedExperts if "ffn_down" in inner_norms else Qwen3MoeExperts)(config)
+        self.experts = (NormedExperts if "ffn_down" in inner_norms else Experts)(config)
         self.shared_expert: nn.Module | None = None
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = Qwen3MoeMLP(config, config.shared_expert_intermediate_size)

@@ -180,6 +180,7 @@ class Placement(nn.Module, ABC):
 
     def forward(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> State:
         """One block; the first also enters the stack's inner state, the last leaves it."""
+        attn, ffn = _answering("attention", attn), _answering("the feed-forward", ffn)
         if self.is_first:
             x = self.enter(x)
         x = self.block(x, attn, ffn)
@@ -220,6 +221,19 @@ class Placement(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"block {self.layer_idx} of {self.num_layers}, depth_rule={self.rule.name!r}"
+
+
+def _answering(name: str, sublayer: Sublayer) -> Sublayer:
+    """A sublayer, held to what it owes: a norm would take None for no branch, and a sum would stretch another shape."""
+
+    def answer(x: Stream) -> Stream:
+        f = sublayer(x)
+        if not hasattr(f, "shape") or (isinstance(f, Tensor) and f.shape != x.shape):
+            what = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+            raise InputError(f"{name} must return one tensor of the shape it was given, {tuple(x.shape)}; got {what}.")
+        return f
+
+    return answer
 
 
 def check_output_norms(kind: type[Placement], rule: DepthRule) -> None:

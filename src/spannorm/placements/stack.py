@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import isclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, one_of, shown
 from spannorm.norms import NORMS, Norm, build_norm
 from spannorm.placements.base import Placement, check_output_norms
 from spannorm.placements.hybrid import HybridNorm, HybridNormStar
@@ -23,6 +24,7 @@ from spannorm.placements.sources import AttentionResiduals, BlockAttentionResidu
 from spannorm.placements.span import SpanNorm
 from spannorm.placements.streams import MixedInput, ResiDual, SiameseNorm
 from spannorm.scaling import depth_rule as work_out
+from spannorm.values import Limits, checked
 
 PLACEMENTS: dict[str, type[Placement]] = {
     "pre": PreNorm,
@@ -79,6 +81,19 @@ def placement_options(name: str) -> list[str]:
     return list(PLACEMENTS[name].option_defaults())
 
 
+_OPTION = Limits(least=-1e6, most=1e6)
+
+
+@cache
+def _option_kinds(kind: type[Placement]) -> dict[str, Any]:
+    """A placement's own options → their kinds, as its `layout` declares them."""
+    try:
+        hints = get_type_hints(kind.layout)
+    except (NameError, TypeError):  # of somebody's own, with a name that is known to type checkers alone
+        hints = {}
+    return {name: hints.get(name, Any) for name in kind.option_defaults()}
+
+
 @dataclass(frozen=True)
 class Stack:
     """All blocks of a model: which placement each has, and what belongs to the whole: depth rule, options, ends.
@@ -112,20 +127,20 @@ class Stack:
     """Whether the embedding is normalized once, before block 0."""
 
     def __post_init__(self) -> None:
-        if self.placement not in PLACEMENTS:
-            raise unknown("placement", self.placement, PLACEMENTS)
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
-        own = placement_options(self.placement)
-        for option in self.options:
+        one_of("placement", self.placement, PLACEMENTS)
+        one_of("norm", self.norm, NORMS)
+        own = _option_kinds(self.kind)
+        given = dict(self.options)
+        for option, value in given.items():
             if option not in own:
                 takes = f"it takes {', '.join(own)}." if own else "it takes none."
-                raise InputError(f"placement {self.placement!r} has no option {option!r}: {takes}")
+                raise InputError(f"placement {self.placement!r} has no option {shown(option)}: {takes}")
+            given[option] = checked(own[option], value, f"{self.placement}'s `{option}`", _OPTION)
         name = self.kind.default_depth_rule if self.depth_rule is None else self.depth_rule
-        rule, layout = work_out(name, self.num_layers), self.kind.layout(self.num_layers, **self.options)
+        rule, layout = work_out(name, self.num_layers), self.kind.layout(self.num_layers, **given)
         for kind in layout.kinds.values():
             check_output_norms(kind, rule)
-        for key, value in {"depth_rule": name, **layout._asdict()}.items():
+        for key, value in {"depth_rule": name, "options": given, **layout._asdict()}.items():
             object.__setattr__(self, key, value)
 
     @property

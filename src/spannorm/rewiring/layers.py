@@ -5,8 +5,9 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
@@ -93,8 +94,9 @@ class NormedExperts:
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self.input_norm(super()._apply_gate(gate_up))  # type: ignore[misc]
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        how = self.config._experts_implementation
+        if x.dtype == torch.float64 and how in ("eager", "grouped_mm"):  # which grouped_mm does not take
+            return batched_mm_experts_forward(self, x, *args)
         # most families' eager loop gates in line and would pass the norm by
-        if self.config._experts_implementation == "eager":
-            return grouped_mm_experts_forward(self, *args)
-        return super().forward(*args)  # type: ignore[misc]
+        return grouped_mm_experts_forward(self, x, *args) if how == "eager" else super().forward(x, *args)  # type: ignore[misc]

@@ -17,8 +17,19 @@ from spannorm.placements import Placement, Stack
 from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
 from spannorm.rewiring.families import Family, family_of
 from spannorm.rewiring.layers import RewiredBody, RewiredLayer
-from spannorm.rewiring.surgery import find, fresh_norm, has_own, move_norms, place_inner_norm, rewire_layer, sites
+from spannorm.rewiring.surgery import (
+    find,
+    fresh_norm,
+    has_own,
+    move_norms,
+    place_inner_norm,
+    rewire_layer,
+    sites,
+    undone_on_error,
+)  # fmt: skip
 from spannorm.rewiring.weights import parameter_roles, redraw_, rescale_, set_unit_gain, tied
+from spannorm.roles import known_parameters
+from spannorm.values import checked
 
 Init = Literal["rescale", "redraw", False]
 
@@ -87,7 +98,9 @@ def rewire(
 
     Raises:
         InputError: an unknown family, placement, rule or option, a model that is rewired already or holds loaded
-            weights while `init` is not given, a placement that this family has no place for.
+            weights while `init` is not given, layers that share parameters, a parameter that `init` has no role for
+            (a head or an adapter of one's own), a placement that this family has no place for. Whatever is raised, the
+            model is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
@@ -99,16 +112,27 @@ def rewire(
             "this configuration was read from a rewired model's folder as the family's: take "
             "AutoConfig.from_pretrained(…, trust_remote_code=True), or the model itself with spannorm.load."
         )
+    checked(int, seed, "seed")
     row = family_of(model.config.model_type)
-    base: Any = model.base_model
-    layers: Any = find(base, row.layers)
+    layers: Any = find(model.base_model, row.layers)
     loaded = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
     _check_model(model, row, layers, init, loaded)
     init = init if init is not None else False if _is_meta(model) else "rescale"
     stack = Stack(placement, len(layers), depth_rule, options)
     blocks = stack.blocks(model.config.hidden_size)
     _check_sites(model, row, layers, placement, blocks)
+    if init:
+        _check_roles(model, row)
+    with undone_on_error(model):
+        return _rewired(model, row, stack, blocks, init, loaded, seed)
 
+
+def _rewired(
+    model: Any, row: Family, stack: Stack, blocks: list[Placement], init: Init, loaded: bool, seed: int
+) -> Rewiring:
+    """Do it, once all is checked; the weights come last."""
+    base = model.base_model
+    layers: Any = find(base, row.layers)
     template = copy.deepcopy(next(norm for path in row.norms.values() if (norm := getattr(layers[0], path))))
     own_inner = [role for role in stack.inner_norms if has_own(layers[-1], row, role)]
     kept: dict[str, str] = {}
@@ -133,13 +157,13 @@ def rewire(
     changed = bool(added or dropped) or not stack.final_norm
     notes = _notes(model, row, layers[-1], stack, own_inner, init, loaded, changed)
 
-    _say(model, {"placement": placement, "depth_rule": stack.depth_rule, "options": options})
+    _say(model, {"placement": stack.placement, "depth_rule": stack.depth_rule, "options": dict(stack.options)})
     model.parameter_roles = parameter_roles(model, row)
     set_unit_gain(model, row.unit_gain)
     weights = rescale_(model) if init == "rescale" else redraw_(model, seed) if init == "redraw" else []
     return Rewiring(
         family=model.config.model_type,
-        placement=placement,
+        placement=stack.placement,
         depth_rule=str(stack.depth_rule),
         num_layers=len(layers),
         kept=kept,
@@ -183,6 +207,14 @@ def _check_model(model: PreTrainedModel, row: Family, layers: Any, init: object,
             f"the row of {family!r} does not fit {type(model).__name__}: "
             + (f"its layers have no {', '.join(lacking)}." if lacking else f"it has no layers at {row.layers!r}.")
         )
+    owner: dict[int, int] = {}
+    for b, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if (other := owner.setdefault(id(parameter), b)) != b:
+                raise InputError(
+                    f"layers {other} and {b} share parameters, and each layer gets a placement and an init of its own: "
+                    "give each its own modules."
+                )
     for flag, reason in row.unsupported.items():
         if getattr(model.config, flag):
             raise InputError(f"{family} with `{flag}` cannot be rewired: {reason}.")
@@ -197,6 +229,18 @@ def _check_model(model: PreTrainedModel, row: Family, layers: Any, init: object,
             f"init={init!r} has nothing to work on, the model is on meta device: rewire with init=False, and call "
             "spannorm.rewiring.redraw_(model) after to_empty."
         )
+
+
+def _check_roles(model: PreTrainedModel, row: Family) -> None:
+    try:
+        for _ in known_parameters(model, parameter_roles(model, row)):
+            pass
+    except InputError as error:
+        parameter = str(error).partition(": ")[0]
+        raise InputError(
+            f"init has to know what every parameter does, and {parameter}: rewire first and add heads and adapters "
+            "afterwards, or say init=False."
+        ) from None
 
 
 def _check_sites(model: PreTrainedModel, row: Family, layers: Any, name: str, blocks: list[Placement]) -> None:

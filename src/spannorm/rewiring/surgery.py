@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from operator import attrgetter
 from typing import Any
@@ -17,6 +18,23 @@ from spannorm.placements import Placement
 from spannorm.rewiring.families import Family
 from spannorm.rewiring.layers import FamilyNorm, NormedExperts, RewiredLayer
 from spannorm.roles import Fused
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model its modules back as they were where the work inside raises. Values of weights are not looked at."""
+    before = [
+        (module, type(module), {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
 
 
 def find(owner: nn.Module, path: str) -> Any:
@@ -44,8 +62,7 @@ def rewire_layer(layer: Any, row: Family, block: Placement) -> None:
     """Make a layer call the placement, which by then holds all its norms."""
     layer.argument_names = list(signature(type(layer).forward).parameters)[2:]
     layer.family, layer.embedding_norm = row, None
-    weight = next(layer.parameters())
-    layer.placement = block.to(weight.device, weight.dtype)
+    layer.placement = block
     adopt(layer, RewiredLayer)
 
 
@@ -53,6 +70,8 @@ def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -
     """Fill the placement's norms with the layer's own by role and the rest with fresh ones; returns the former."""
     own = {role: getattr(layer, path) for role, path in row.norms.items()}
     moved = {role for role in block.norms() if own.get(role) is not None}
+    weight = next(layer.parameters())
+    block.to(weight.device, weight.dtype)  # before the norms come in: the family's may be fp32 in a model of bf16
     for role in block.norms():
         norm = own[role] if role in moved else fresh_norm(template, row)
         adopt(norm, FamilyNorm)

@@ -26,7 +26,7 @@ def parameter_roles(model: Any, family: Family) -> dict[str, Role | Fused]:
 def rescale_(model: Any) -> list[str]:
     """Multiply what the depth rule names, matrices and gains of output norms, by its factors; returns the names."""
     touched = []
-    for k in known_parameters(model):
+    for k in list(known_parameters(model)):  # all are known before one is changed
         parts = k.layout.split(k.layout.matrix(k.parameter)) if len(k.layout.roles) > 1 else {k.role: k.parameter}
         scaled = {role: part for role, part in parts.items() if role in k.rule.init}
         for role, part in scaled.items():
@@ -47,10 +47,10 @@ def redraw_(model: Any, seed: int = 0) -> list[str]:
     name), so that models which differ in placement share a body.
     """
     model.tie_weights()
+    plan = init_plan(model)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             model._init_weights(module)
-    plan = init_plan(model)
     init_weights_(model, plan, seed=seed, prefix=f"{model.base_model_prefix}.")
     return list(plan)
 

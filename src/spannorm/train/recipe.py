@@ -6,18 +6,23 @@ dotted keys laid over the same mapping.
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spannorm.errors import InputError, unknown
+from spannorm.errors import InputError, shown, unknown
 from spannorm.kernels import KERNELS
+from spannorm.model_keys import MODEL_KEYS, checked_key
 from spannorm.train.optimizers import OPTIMIZERS
+from spannorm.train.yaml_reader import read_yaml
+from spannorm.values import checked, limited, limits_of
+
+_SEED = (1 << 32) - 1  # the largest that NumPy and Transformers take
+_STEPS, _AT_ONCE = 10**8, 1 << 20
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -34,75 +39,75 @@ class DataRecipe:
     tokenizer: str = "bytes"
     """`bytes`; `bpe` (byte-level BPE trained on the training documents); or the folder or Hub name of any
     Hugging Face tokenizer."""
-    vocab_size: int = 8192
+    vocab_size: int = limited(8192, least=258, most=1 << 20)
     """Vocabulary of a `bpe` tokenizer, end-of-document token included. Other tokenizers bring their own."""
-    validation_fraction: float = 0.02
-    test_fraction: float = 0.02
+    validation_fraction: float = limited(0.02, above=0, below=0.5)
+    test_fraction: float = limited(0.02, above=0, below=0.5)
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
     """One training run: AdamW or Muon, warm-up, then cosine or warm-up–stable–decay."""
 
-    steps: int = 200
+    steps: int = limited(200, least=1, most=_STEPS)
     """Optimizer steps."""
-    sequence_length: int = 128
-    batch_size: int = 4
+    sequence_length: int = limited(128, least=2, most=1 << 24)
+    batch_size: int = limited(4, least=1, most=_AT_ONCE)
     """Sequences per forward pass; at most, where several processes share a step's."""
-    accumulation: int = 1
+    accumulation: int = limited(1, least=1, most=_AT_ONCE)
     """Forward passes per optimizer step. A step sees batch_size · accumulation sequences, however many processes."""
-    learning_rate: float = 6e-3
+    learning_rate: float = limited(6e-3, above=0, most=1e6)
     """Peak learning rate."""
-    optimizer: str = "adamw"
+    optimizer: str = limited("adamw", known=OPTIMIZERS)
     """`adamw`, or `muon`: Muon for the matrices inside blocks, AdamW for the rest, one learning rate for both."""
-    schedule: str = "cosine"
+    schedule: str = limited("cosine", known=("cosine", "wsd", "ramp"))
     """`cosine`; `wsd`: constant after warm-up, then linear decay; or `ramp`: from 0 up to the peak at the last step,
     ended early once everything learned is lost (`spannorm max-lr`)."""
-    warmup_steps: int = 20
-    decay_fraction: float = 0.2
+    warmup_steps: int = limited(20, least=0, most=_STEPS)
+    decay_fraction: float = limited(0.2, least=0, most=1)
     """`wsd` only: the share of the steps spent decaying."""
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = limited(0.1, least=0, most=1)
     """The last learning rate as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: float = limited(0.1, least=0, most=1e6)
     """On matrices; never on norms, biases, learned gains and embeddings."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    clip_norm: float = 1.0
+    adam_beta1: float = limited(0.9, least=0, below=1)
+    adam_beta2: float = limited(0.95, least=0, below=1)
+    adam_epsilon: float = limited(1e-8, above=0, most=1)
+    clip_norm: float = limited(1.0, least=0, most=1e12)
     """Largest global gradient norm; 0 turns clipping off."""
-    precision: str = "auto"
+    precision: str = limited("auto", known=("auto", "fp32", "bf16"))
     """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
-    kernels: str = "auto"
+    kernels: str = limited("auto", known=KERNELS)
     """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
-    loss_chunk: int = 0
+    loss_chunk: int = limited(0, least=0, most=1 << 40)
     """Tokens whose logits are held at once, for a large vocabulary: less memory, and the head once more in backward.
     0: all of a pass's."""
-    parallel: str = "ddp"
+    parallel: str = limited("ddp", known=("ddp", "fsdp"))
     """What several processes share: `ddp` the batch alone, `fsdp` (FSDP2) parameters, gradients and optimizer state
     too (docs/processes.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
-    on_nan: str = "stop"
+    on_nan: str = limited("stop", known=("stop", "skip"))
     """A step whose loss or gradient is not finite: `stop` ends the run as failed, `skip` leaves the weights as they
     were and goes on (at most 8 in a row)."""
-    on_spike: str = "keep"
+    on_spike: str = limited("keep", known=("keep", "rollback"))
     """A step whose loss spikes: `keep` it, or `rollback` to the last checkpoint before it and go on without the
     sequences in between (at most 3 times to one checkpoint)."""
-    evaluation_sequences: int = 64
+    evaluation_sequences: int = limited(64, least=1, most=_AT_ONCE)
     """Sequences of the validation (and of the test) split that measure the final loss."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = limited(100, least=1, most=_STEPS)
     """Optimizer steps between checkpoints; the last step is always one."""
-    probe_every: int = 50
+    probe_every: int = limited(50, least=1, most=_STEPS)
     """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
     collapse: bool = False
     """After training, measure rank, spectrum and what the loss loses by each block when it is skipped."""
     evaluate: tuple[str, ...] = ()
     """After training, tasks to run on the model: `local`, `paper`, or lm-eval's names (docs/eval.md)."""
-    evaluate_questions: int = 200
+    evaluate_questions: int = limited(200, least=0, most=_AT_ONCE)
     """Of each of these tasks at most; 0 takes all."""
-    seed: int = 0
+    seed: int = limited(0, least=0, most=_SEED)
     """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
-    threads: int = 0
+    threads: int = limited(0, least=0, most=1024)
     """CPU threads of this run; 0 leaves PyTorch's choice."""
 
 
@@ -111,9 +116,9 @@ class ProtocolRecipe:
     """How arms meet on equal terms (docs/lab.md): each at its own best learning rate, chosen on `train.seed` and the
     validation split, confirmed on fresh seeds and the test split."""
 
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = limited((), least=0, most=_SEED)
     """Fresh seeds for the confirmation: three for a look, five for a claim. None: the grid is run as it is written."""
-    extensions: int = 1
+    extensions: int = limited(1, least=0, most=100)
     """How many learning rates the grid may grow by beyond each edge, for every arm, while one has its best there."""
     pairs: tuple[tuple[str, ...], ...] = ()
     """The arms to hold against each other, two and two, named beforehand as the report names them: placement, depth
@@ -134,14 +139,42 @@ class CompareRecipe:
 
 
 @dataclass(frozen=True)
+class LadderRecipe:
+    """Sizes of one family of models, trained on tokens in proportion (`spannorm ladder`, docs/ladder.md)."""
+
+    sizes: tuple[int, ...] = ()
+    """Parameters without embeddings, ascending. The last is predicted from the others before it is run."""
+    aspect: float = limited(4.0, above=0.0)
+    """Width per block, as near as whole heads and blocks allow."""
+    head_size: int = limited(16, least=2)
+    tokens_per_parameter: float = limited(20.0, above=0.0)
+    batch_exponent: float = limited(0.5, least=0.0, most=1.0)
+    """`train.batch_size` is the smallest size's; others take it times (their tokens ∕ its tokens) to this power."""
+    warmup: float = limited(0.05, above=0.0, below=1.0)
+    """The share of the steps."""
+    rate_sizes: int = limited(2, least=1)
+    """How many of the smallest sizes try every learning rate of `compare.grid`. Above them a rate is carried up as
+    1 ∕ width, and checked at the next size against half and twice of it."""
+    seeded_sizes: int = limited(2, least=1)
+    """How many of the largest sizes run on `compare.protocol.seeds`; the others on `train.seed` alone."""
+    side: int = limited(1, least=0)
+    """The size, counted from 0, on which `token_ratios` and `depths` stand."""
+    token_ratios: tuple[float, ...] = ()
+    """Other tokens per parameter."""
+    depths: tuple[int, ...] = ()
+    """Other numbers of blocks, the width chosen to keep the parameters."""
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. `model` holds the keys of `SpanNormConfig` (all but `vocab_size` may be left out)."""
+    """A whole recipe. `model` holds the keys of `SpanNormConfig` ; its sizes must be said (`spannorm.model_keys`)."""
 
     name: str = "run"
     model: Mapping[str, Any] = field(default_factory=dict)
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
     compare: CompareRecipe = CompareRecipe()
+    ladder: LadderRecipe = LadderRecipe()
 
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping that `recipe_from_dict` turns back into an equal recipe."""
@@ -154,12 +187,17 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises `InputError` on a missing file, broken YAML, an unknown key or a value of the wrong kind.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no recipe at {path}: give the path of a YAML file, such as recipes/demo.yaml.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable as YAML: {error}") from None
+        found = path.is_file()
+        text = path.read_text(encoding="utf-8") if found else ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason}).") from None
+    except OSError as error:
+        raise InputError(f"cannot read {shown(str(path))}: {error.strerror or error}.") from None
+    if not found:
+        raise InputError(f"no recipe at {path}: give the path of a YAML file, such as recipes/demo.yaml.")
+    raw = read_yaml(text, str(path))
+    raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a mapping with the keys {', '.join(_names(Recipe))}.")
     raw.setdefault("name", path.stem)
@@ -175,18 +213,15 @@ def _overridden(raw: dict[str, Any], overrides: Iterable[str]) -> Recipe:
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"--set takes key=value, such as train.steps=100; {item!r} has no '='.")
-        try:
-            set_key(raw, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            words = " ".join(str(error).split())
-            raise InputError(f"--set {item!r}: the value is not readable as YAML ({words}).") from None
+            raise InputError(f"--set takes key=value, such as train.steps=100; {shown(item)} has no '='.")
+        set_key(raw, key.strip(), read_yaml(value, f"the value of --set {shown(item)}"))
     return recipe_from_dict(raw)
 
 
 def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
     """Build a recipe from a plain mapping, checking every key, kind and range."""
     recipe: Recipe = _build(Recipe, raw, "recipe")
+    recipe = replace(recipe, model=_model(recipe.model))
     _check_ranges(recipe)
     return recipe
 
@@ -197,9 +232,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
     if key.startswith("compare.grid."):  # its keys are dotted themselves
         parents, last = ["compare", "grid"], key.removeprefix("compare.grid.")
     for parent in parents:
-        child = raw.setdefault(parent, {})
+        child = raw[parent] = {} if raw.get(parent) is None else raw[parent]
         if not isinstance(child, dict):
-            raise InputError(f"cannot set {key!r}: {parent!r} is a value, not a section.")
+            raise InputError(f"cannot set {shown(key)}: {shown(parent)} is a value, not a section.")
         raw = child
     raw[last] = value
 
@@ -208,93 +243,44 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+_kinds = cache(typing.get_type_hints)
+
+
 def _build(cls: type, raw: Any, where: str) -> Any:
     if raw is None:
         raw = {}
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where} must be a mapping with the keys {', '.join(_names(cls))}; got {raw!r}.")
-    kinds = typing.get_type_hints(cls)
+        raise InputError(f"{where} must be a mapping with the keys {', '.join(_names(cls))}; got {shown(raw)}.")
+    kinds, declared = _kinds(cls), {f.name: f for f in fields(cls)}
     values = {}
     for key, value in raw.items():
         if key not in kinds:
             raise unknown(f"key in {where}", key, _names(cls))
         at = key if where == "recipe" else f"{where}.{key}"
-        values[key] = _build(kinds[key], value, at) if is_dataclass(kinds[key]) else _cast(kinds[key], value, at)
+        if is_dataclass(kinds[key]):
+            values[key] = _build(kinds[key], value, at)
+        else:
+            values[key] = checked(kinds[key], value, at, limits_of(declared[key]))
     return cls(**values)
 
 
-def _cast(kind: Any, value: Any, where: str) -> Any:
-    """The value as the kind the field asks for, or an error that says what it asks for."""
-    wrong = InputError(f"{where} must be {_words(kind)}; got {value!r}.")
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise wrong
-        return tuple(_cast(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise wrong
-        return {str(k): _cast(typing.get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is Any:
-        return number_or_text(value)
-    if kind is float and not isinstance(value, bool):
-        value = number_or_text(value)
-        if isinstance(value, int | float):
-            return float(value)
-    elif kind is bool or isinstance(value, bool):
-        if kind is bool and isinstance(value, bool):
-            return value
-    elif isinstance(value, kind):
-        return value
-    raise wrong
-
-
-def number_or_text(value: Any) -> Any:
-    """YAML 1.1 reads `6e-3` as text; a recipe means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _words(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_words(k) for k in typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    origin = typing.get_origin(kind)
-    if origin is not None:
-        return "a list" if origin is tuple else "a mapping"
-    return names.get(kind, str(kind))
+def _model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section, each value as its kind and within its limits."""
+    for key in given:
+        if key not in MODEL_KEYS:
+            raise unknown("key in model", key, MODEL_KEYS)
+    return {key: checked_key(key, value, "model.{}") for key, value in given.items()}
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    t, d = recipe.train, recipe.data
-    if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:  # a folder below runs/, and nowhere else
-        raise InputError(f"name must be a plain folder name, neither a path nor '..'; got {recipe.name!r}.")
-    positive = ["steps", "batch_size", "accumulation", "learning_rate", "evaluation_sequences"]
-    positive += ["checkpoint_every", "probe_every", "adam_epsilon"]
-    not_negative = ["warmup_steps", "weight_decay", "clip_norm", "loss_chunk", "threads", "seed"]
-    not_negative += ["evaluate_questions"]
-    for name in positive:
-        if not getattr(t, name) > 0:
-            raise InputError(f"train.{name} must be above 0; got {getattr(t, name)}.")
-    for name in not_negative:
-        if not getattr(t, name) >= 0:
-            raise InputError(f"train.{name} must not be negative; got {getattr(t, name)}.")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(t, name) < 1:
-            raise InputError(f"train.{name} must lie in [0, 1); got {getattr(t, name)}.")
-    for name in ("decay_fraction", "final_learning_rate"):
-        if not 0 <= getattr(t, name) <= 1:
-            raise InputError(f"train.{name} must lie in [0, 1]; got {getattr(t, name)}.")
-    if t.sequence_length < 2:
-        raise InputError(f"train.sequence_length must be at least 2; got {t.sequence_length}.")
+    t, name = recipe.train, recipe.name
+    if name in ("", ".", "..") or Path(name).name != name:  # a folder below runs/, and nowhere else
+        raise InputError(f"name must be a plain folder name, neither a path nor '..'; got {shown(name)}.")
+    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME or name != name.strip() or name[0] == "-":
+        raise InputError(
+            f"name must be a folder name of at most {_LONGEST_NAME} bytes of printable characters, without a space at "
+            f"an end and without a '-' in front; got {shown(name)}."
+        )
     if t.warmup_steps >= t.steps:
         raise InputError(
             f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."
@@ -311,25 +297,4 @@ def _check_ranges(recipe: Recipe) -> None:
     if t.schedule == "ramp" and t.on_spike == "rollback":
         raise InputError(
             "train.schedule ramp looks for the rate at which training breaks: leave train.on_spike at keep."
-        )
-    for name, value, known in [
-        ("train.optimizer", t.optimizer, OPTIMIZERS),
-        ("train.schedule", t.schedule, ("cosine", "wsd", "ramp")),
-        ("train.precision", t.precision, ("auto", "fp32", "bf16")),
-        ("train.kernels", t.kernels, KERNELS),
-        ("train.parallel", t.parallel, ("ddp", "fsdp")),
-        ("train.on_nan", t.on_nan, ("stop", "skip")),
-        ("train.on_spike", t.on_spike, ("keep", "rollback")),
-    ]:
-        if value not in known:
-            raise unknown(name, value, known)
-    if recipe.compare.protocol.extensions < 0:
-        raise InputError(f"compare.protocol.extensions must not be negative; got {recipe.compare.protocol.extensions}.")
-    for name in ("validation_fraction", "test_fraction"):
-        if not 0 < getattr(d, name) < 0.5:
-            raise InputError(f"data.{name} must lie between 0 and 0.5; got {getattr(d, name)}.")
-    if d.vocab_size < 258:
-        raise InputError(
-            f"data.vocab_size must be at least 258 (256 bytes, the end-of-document token and one merge); "
-            f"got {d.vocab_size}."
         )

@@ -19,20 +19,19 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from spannorm import folders, kernels
-from spannorm.errors import InputError, Stopped, unknown
+from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.folders import claim, sweep
+from spannorm.model_keys import check_sizes_given
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.probes import measure
 from spannorm.routing import RoutingMeter
@@ -65,10 +64,7 @@ def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfi
     Raises:
         InputError: an unknown key, impossible sizes, or a vocabulary smaller than the tokenizer's.
     """
-    known = [f.name for f in fields(SpanNormConfig)]
-    for key in recipe.model:
-        if key not in known:
-            raise unknown("key in model", key, known)
+    check_sizes_given(recipe.model)
     values: dict[str, Any] = {"max_position_embeddings": recipe.train.sequence_length, **recipe.model}
     values.setdefault("init_seed", recipe.train.seed)
     if data is not None:
@@ -79,10 +75,7 @@ def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfi
                 f"model.vocab_size ({values['vocab_size']}) must be at least the tokenizer's vocabulary "
                 f"({data.vocab_size}): leave it out, and the tokenizer decides."
             )
-    try:
-        config = SpanNormConfig(**values)
-    except StrictDataclassError as error:
-        raise InputError("model: " + " ".join(str(error.__cause__ or error).split())) from None
+    config = SpanNormConfig(**values)
     if config.max_position_embeddings < recipe.train.sequence_length:
         raise InputError(
             f"train.sequence_length ({recipe.train.sequence_length}) must not exceed model.max_position_embeddings "
@@ -252,7 +245,7 @@ def _check_same_run(recipe: Recipe, out: Path) -> bool:
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that one run depends on."""
     raw = recipe.to_dict()
-    del raw["compare"]
+    del raw["compare"], raw["ladder"]
     return raw
 
 

@@ -1,0 +1,123 @@
+"""Which runs a ladder consists of, as far as can be known from the finished ones.
+
+    1. rate      the smallest sizes try every learning rate, the grid growing beyond its edges for every arm alike
+    2. check     at the next size each arm's best rate, carried up as 1 ∕ width, beside half and twice of it
+    3. rung      every size but the last at its rate, and the side ladders of tokens and depth
+    4. held out  the last size, once `prediction.json` says what it is predicted to come to
+
+The same plan comes of the same finished runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from spannorm.errors import InputError
+from spannorm.lab.ladder.sizes import Rung, rungs
+from spannorm.lab.plan import RATE, SEED, Done, Entrant, Job, Plan
+from spannorm.train.recipe import Recipe
+
+RATE_STAGE, CHECK, RUNG, HELD_OUT = "rate", "check", "rung", "held out"
+_APART = (0.5, 2.0)
+"""What a carried rate is checked against."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job and what it is for."""
+
+    job: Job
+    rung: Rung
+    stage: str
+
+
+class LadderPlan:
+    """The runs of a ladder.
+
+    Raises:
+        InputError: as `rungs` and `Plan`; fewer than three learning rates; no arms.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.rungs = recipe, rungs(recipe)
+        grid = dict(recipe.compare.grid)
+        if set(grid) - {RATE}:
+            raise InputError(
+                f"a ladder's compare.grid holds {RATE} alone; got {', '.join(sorted(set(grid) - {RATE}))}: give other "
+                "keys to the arms."
+            )
+        if len(set(grid.get(RATE, ()))) < 3:
+            raise InputError(f"a ladder needs three learning rates or more under compare.grid, {RATE}.")
+        if any(key in arm for arm in recipe.compare.arms for key in (RATE, SEED)):
+            raise InputError(f"a ladder chooses each arm's {RATE} and {SEED}: take them out of compare.arms.")
+        grid["rung"] = tuple(rung.overrides for rung in self.rungs)
+        self.plan = Plan(replace(recipe, compare=replace(recipe.compare, grid=grid)))
+        self.entrants: list[list[Entrant]] = list(self.plan.races.values())
+        """By rung, in the order of the arms."""
+        self.seeds = recipe.compare.protocol.seeds or (recipe.train.seed,)
+
+    @property
+    def sizes(self) -> int:
+        """How many of the rungs are sizes; they come first."""
+        return len(self.recipe.ladder.sizes)
+
+    def jobs(self, done: Done, sealed: bool = True) -> list[Job]:
+        """What can be run, in its order. Without `sealed` the largest size waits for its prediction."""
+        return [
+            replace(step.job, cell={"rung": step.rung.name}, stage=step.stage) for step in self.steps(done, sealed)
+        ]
+
+    def steps(self, done: Done, sealed: bool = True) -> list[Step]:
+        found: dict[str, Step] = {}
+
+        def add(i: int, entrant: Entrant, rate: float, seed: int, stage: str) -> None:
+            job = self.plan._job(entrant, rate, seed)
+            found.setdefault(job.name, Step(job, self.rungs[i], stage))
+
+        last, ladder, seed = self.sizes - 1, self.recipe.ladder, self.recipe.train.seed
+        settled = True
+        for i in range(ladder.rate_sizes):
+            rates, ready = self.plan._rates(self.entrants[i], done)
+            settled &= ready
+            for entrant in self.entrants[i]:
+                for rate in rates:
+                    add(i, entrant, rate, seed, RATE_STAGE)
+        if not settled:
+            return list(found.values())
+        for arm in range(len(self.entrants[0])):
+            best = self.best(arm, ladder.rate_sizes - 1, done)
+            if best is None:
+                continue  # it failed at every rate
+            i = ladder.rate_sizes
+            for factor in (1.0, *_APART):
+                rate = self.carried(best, i)
+                add(i, self.entrants[i][arm], _rounded(rate * factor), seed, CHECK)
+            for i in [i for i in range(len(self.rungs)) if i != last]:
+                own = self.best(arm, i, done) if i < ladder.rate_sizes else self.carried(best, i)
+                if own is not None:
+                    for one in self.seeds_of(i):
+                        add(i, self.entrants[i][arm], own, one, RUNG)
+        if sealed and all(name in done for name in found):
+            for arm in range(len(self.entrants[0])):
+                if (best := self.best(arm, ladder.rate_sizes - 1, done)) is not None:
+                    for one in self.seeds_of(last):
+                        add(last, self.entrants[last][arm], self.carried(best, last), one, HELD_OUT)
+        return list(found.values())
+
+    def seeds_of(self, i: int) -> Sequence[int]:
+        seeded = self.sizes - self.recipe.ladder.seeded_sizes <= i < self.sizes
+        return self.seeds if seeded else (self.recipe.train.seed,)
+
+    def best(self, arm: int, i: int, done: Done) -> float | None:
+        """An arm's best rate at one of the smallest sizes."""
+        rates, _ = self.plan._rates(self.entrants[i], done)
+        return self.plan._best(self.entrants[i][arm], rates, done)
+
+    def carried(self, best: float, i: int) -> float:
+        """The best rate of the last of the smallest sizes, times its width over this one's."""
+        return _rounded(best * self.rungs[self.recipe.ladder.rate_sizes - 1].width / self.rungs[i].width)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.4g}")
