@@ -19,7 +19,12 @@ import yaml
 import spannorm
 from spannorm.errors import InputError
 from spannorm.kernels import add_norm, plain
-from spannorm.models import SpanNormForCausalLM, SpanNormModel
+from spannorm.models import (
+    SpanNormForCausalLM,
+    SpanNormForSequenceClassification,
+    SpanNormForTokenClassification,
+    SpanNormModel,
+)
 from spannorm.placements import PLACEMENTS
 from spannorm.publishing import publish as publishing
 from spannorm.publishing.bundle import model_file
@@ -32,9 +37,9 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_interme
 LAYERNORM = {"norm": "layernorm", "tie_word_embeddings": True}
 X = torch.arange(18).reshape(2, 9) % 37
 
-# What a client does with a folder; sys.argv[1] is a folder of folders, each with what ours computed beside it.
-CLIENT = """
-import sys, warnings, torch
+# sys.argv[1] is a folder of folders, each with what ours computed beside it.
+BARE = """
+import sys, torch
 from pathlib import Path
 
 class Hidden:
@@ -43,7 +48,11 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 sys.meta_path.insert(0, Hidden())
-from transformers import AutoConfig, AutoModelForCausalLM
+"""
+
+# What a client does with a folder.
+CLIENT = """
+from transformers import AutoModelForCausalLM
 
 def everything(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -75,10 +84,23 @@ assert "spannorm" not in sys.modules
 """
 
 
-def hold(root: Path) -> list[str]:
+HEADS = """
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+x = torch.arange(18).reshape(2, 9) % 37
+for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    name = auto.__name__.removeprefix("AutoModelFor")
+    model = auto.from_pretrained(Path(sys.argv[1]) / name, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, torch.load(f"{sys.argv[1]}/{name}.pt")), name
+    print(name)
+"""
+
+
+def hold(root: Path, client: str = CLIENT) -> list[str]:
     """Run the client on all that `published` made below `root`."""
     run = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(root)], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", BARE + client, str(root)], capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -113,6 +135,20 @@ def test_a_published_folder_computes_the_same_where_there_is_no_spannorm(tiny_co
     assert "SiameseNorm" not in text and "triton" not in text.lower().replace("triton's", "")
     assert not re.search(r"^\s*(import|from) spannorm", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_published_classification_heads_open_where_there_is_no_spannorm(tiny_config: Any, tmp_path: Path) -> None:
+    kinds = {"SequenceClassification": SpanNormForSequenceClassification,
+             "TokenClassification": SpanNormForTokenClassification}  # fmt: skip
+    for name, kind in kinds.items():
+        model: Any = kind(tiny_config(placement="siamese", num_labels=3, pad_token_id=0))
+        model.save_pretrained(tmp_path / "saved" / name)
+        publish(tmp_path / "saved" / name, str(tmp_path / name))
+        with torch.no_grad():
+            torch.save(kind.from_pretrained(tmp_path / name).eval()(X).logits, tmp_path / f"{name}.pt")
+        modes = {file.stat().st_mode & 0o777 for file in (tmp_path / name).iterdir()}
+        assert modes == {(tmp_path / f"{name}.pt").stat().st_mode & 0o777}, "whoever may read one file may read all"
+    assert hold(tmp_path, HEADS) == list(kinds)
 
 
 @pytest.mark.slow

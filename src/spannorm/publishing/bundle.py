@@ -29,7 +29,7 @@ MAY_IMPORT = ("torch", "transformers", "huggingface_hub", "numpy")
 """What whoever loads the file has besides the standard library."""
 
 _MODELS, _REGISTRY = "spannorm.models", "spannorm.placements.stack"
-_CLIENTS = {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("transformers.models.auto.modeling_auto", None)}
+_CLIENTS = {"AutoModel": "transformers", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "transformers.models.auto.modeling_auto"}
 
 REPLACED = {
     "spannorm.shapes": '''"""Names for tensor shapes, so that signatures say them."""
@@ -64,10 +64,12 @@ from __future__ import annotations
 {imports}
 '''
 
-FOOTER = """# ---- What Transformers decides by a list of names
+FOOTER = """# ---- What Transformers looks up
 
 # Its Trainer shifts the labels of these before it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SpanNormConfig.model_type] = SpanNormForCausalLM.__name__
+# Classification heads make their body by it.
+AutoModel.register(SpanNormConfig, SpanNormModel)
 """
 
 
@@ -107,7 +109,7 @@ class _Bundle:
                 self.chosen[_Meaning(module, name)] = free
 
     def text(self) -> str:
-        outside: dict[str, tuple[str, str | None]] = {name: (module, name) for name, (module, _) in _CLIENTS.items()}
+        outside: dict[str, tuple[str, str | None]] = {name: (module, name) for name, module in _CLIENTS.items()}
         aliases: dict[str, str] = {}
         sections: list[str] = []
         for module in self.modules:

@@ -109,7 +109,7 @@ def _load(f: Facts) -> str:
 
 model = {auto}.from_pretrained("FOLDER_OR_NAME", trust_remote_code=True)"""
     if f.tokenizer:
-        code += '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME")'
+        code += '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME", trust_remote_code=True)'
         if auto == "AutoModelForCausalLM":
             code += '\nids = tokenizer("def ", return_tensors="pt").input_ids\n'
             code += "print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))"
@@ -165,7 +165,7 @@ def _training(f: Facts) -> str:
         "## How it was trained",
         f"On {data['training_tokens']:,} tokens of {data['documents']:,} documents, sha256 `{data['sha256']}`. "
         f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}. "
-        f"Machine: {machine['processor']}, {machine['threads']} threads, device {machine['device']}.",
+        f"Machine: {machine['processor']}, threads: {machine['threads']}, device {machine['device']}.",
         f"The recipe, for `spannorm train` (of a path on the author's machine the last part):\n\n```yaml\n{recipe}```",
     ])  # fmt: skip
 

@@ -125,6 +125,8 @@ def _fill(out: Path, directory: Path, name: str) -> None:
         f"{AUTO_CODE}_sha256": hashlib.sha256(code.encode()).hexdigest(),
         "data_sha256": None if run is None else run["data"]["sha256"],
     })  # fmt: skip
+    for file in out.iterdir():  # safetensors writes for the owner's eyes alone
+        shutil.copymode(out / "README.md", file)
 
 
 def _class_of(path: Path) -> Any:
