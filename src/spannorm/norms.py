@@ -1,8 +1,8 @@
-"""RMSNorm and LayerNorm, with the one operation every placement is made of: add, then normalize."""
+"""RMSNorm, LayerNorm and DyT, with the one operation every placement is made of: add, then normalize."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,15 @@ def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) 
 
 
 class Norm(nn.Module):
-    """What the two norms share: a gain, and a forward that may add a branch first.
+    """What the norms share: a gain, and a forward that may add a branch first.
 
     Args:
         hidden_size: channels of the last dimension.
         eps: added to the mean square (or variance) inside the root.
     """
 
+    STARTS: ClassVar[dict[str, float]] = {}
+    """Initial values of parameters besides the gain and the bias."""
     bias: nn.Parameter | None
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -87,6 +89,29 @@ class LayerNorm(Norm):
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
 
+class DyT(Norm):
+    """Dynamic Tanh, `weight · tanh(alpha · x) + bias`: no statistics, so it squashes and does not fix a scale.
+
+    In half precision it is computed there, without a sum. alpha is one learned number and starts at 0.5. For
+    placements that normalize only what a sublayer reads. Source: arXiv 2503.10622. Our reading: one start of alpha for
+    all sites, where the authors' language models use several by width.
+    """
+
+    STARTS: ClassVar[dict[str, float]] = {"alpha": 0.5}
+    bias: nn.Parameter
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps)
+        self.alpha = nn.Parameter(torch.full((1,), self.STARTS["alpha"]))  # one element, which FSDP2 can shard
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
+        total = x if f is None else scaled_add(x, f, **scales)
+        w, b, alpha = (p.to(total.dtype) for p in (self.weight, self.bias, self.alpha))
+        normed = torch.addcmul(b, w, torch.tanh(alpha * total))
+        return (normed, total) if return_sum else normed
+
+
 class Add(nn.Module):
     """`scaled_add` as a module without parameters: the sums that no norm follows, where a probe can see them."""
 
@@ -94,11 +119,11 @@ class Add(nn.Module):
         return scaled_add(x, f, skip=skip, branch=branch)
 
 
-NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "dyt": DyT}
 
 
 def build_norm(name: str, hidden_size: int, eps: float = 1e-6, gain: float = 1.0) -> Norm:
-    """A norm by name, `rmsnorm` or `layernorm`, with its initial gain."""
+    """A norm by name, `rmsnorm`, `layernorm` or `dyt`, with its initial gain."""
     norm = NORMS[one_of("norm", name, NORMS)](hidden_size, eps)
     nn.init.constant_(norm.weight, gain)
     return norm

@@ -134,6 +134,8 @@ def _what(
 ) -> tuple[Role | Fused, float | Tensor, float]:
     """What a parameter does, its mean and its scale; `owners` are its module, that one's, …"""
     owner, full = owners[0], path if leaf == "weight" else [*path, leaf]
+    if isinstance(owner, Norm) and leaf in owner.STARTS:
+        return "norm", owner.STARTS[leaf], 1.0
     if isinstance(owner, Placement):
         return "projection", 0.0, owner.projections()[leaf].scale
     if isinstance(owner, Gains):

@@ -84,7 +84,7 @@ class SpanNormConfig(LlamaConfig):
         depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default, so that files record the
             resolved name.
         placement_options: the placement's own options, such as `{"initial_norm": "embedding"}` for `span`.
-        norm: `rmsnorm` or `layernorm`.
+        norm: `rmsnorm`, `layernorm`, or `dyt` (placements that normalize only what a sublayer reads).
         qk_norm: a norm on each head's queries and keys, before RoPE; a placement that norms them itself does so in
             its own way, whatever this says.
         base_init: a name of `spannorm.scaling.BASE_INITS`: `fan_in` (body N(0, 1/fan_in), embedding std 1, head

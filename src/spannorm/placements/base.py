@@ -67,12 +67,13 @@ class Placement(nn.Module, ABC):
         layer_idx: this block's index, from 0.
         num_layers: blocks in the stack; with `layer_idx` it fixes every constant.
         depth_rule: a name of `spannorm.scaling.depth_rule`; None means `default_depth_rule`.
-        norm: `rmsnorm` or `layernorm`.
+        norm: `rmsnorm` or `layernorm`; `dyt` where `norms_only_reads`.
         eps: the norms' epsilon.
         options: the placement's own, those that `layout` takes.
 
     Raises:
-        InputError: an unknown rule or norm, a block outside the stack, `:gain` without a norm on the branch's output.
+        InputError: an unknown rule or norm, a block outside the stack, `:gain` without a norm on the branch's output,
+            `dyt` where it does not fit.
     """
 
     default_depth_rule: ClassVar[str] = "none"
@@ -86,6 +87,10 @@ class Placement(nn.Module, ABC):
     over each head by itself or over the whole width."""
     output_norms: ClassVar[Mapping[str, Branch]] = {}
     """The norms that stand on a branch's output, and whose: a depth rule's `:gain` sets their initial gain."""
+
+    norms_only_reads: ClassVar[bool] = False
+    """Whether every norm stands on what a sublayer reads, and none in the stream's way or on a branch's output. Then it
+    need not fix a scale, and may be `dyt`."""
 
     attn_norm: Norm
     ffn_norm: Norm
@@ -104,6 +109,7 @@ class Placement(nn.Module, ABC):
         super().__init__()
         self.rule = work_out(self.default_depth_rule if depth_rule is None else depth_rule, num_layers, layer_idx)
         check_output_norms(type(self), self.rule)
+        check_norm(type(self), norm)
         self.options = {**self.option_defaults(), **options}
         self.embedding_norm = self.layout(num_layers, **options).embedding_norm
         self.hidden_size, self.layer_idx, self.num_layers = hidden_size, layer_idx, num_layers
@@ -234,6 +240,16 @@ def _answering(name: str, sublayer: Sublayer) -> Sublayer:
         return f
 
     return answer
+
+
+def check_norm(kind: type[Placement], norm: str) -> None:
+    """Refuse `dyt`, which fixes no scale, where a norm must."""
+    if norm == "dyt" and not kind.norms_only_reads:
+        raise InputError(
+            f"norm 'dyt' squashes each channel by itself and fixes no scale, so it may stand only on what a sublayer "
+            f"reads, and {kind.__name__} has other norms too: choose a placement such as pre, lns or parallel, or the "
+            "norm rmsnorm or layernorm."
+        )
 
 
 def check_output_norms(kind: type[Placement], rule: DepthRule) -> None:

@@ -140,6 +140,7 @@ class ManifoldHyperConnections(_Hyper):
     """
 
     final_norm = True
+    norms_only_reads = True
     EPS, ROUNDS = 1e-6, 20
 
     @classmethod

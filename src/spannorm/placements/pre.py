@@ -33,6 +33,7 @@ class PreNorm(Placement):
 
     default_depth_rule = "1/sqrt(2L)"
     final_norm = True
+    norms_only_reads = True
 
     def block(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> Stream:
         n, h = self.ffn_norm(x, attn(self.attn_norm(x)), branch=self.attn_scale, return_sum=True)
@@ -53,6 +54,7 @@ class LayerNormScaling(Placement):
     """
 
     final_norm = True
+    norms_only_reads = True
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
@@ -137,6 +139,7 @@ class GPAS(Placement):
 
     default_depth_rule = "1/sqrt(2L)"
     final_norm = True
+    norms_only_reads = True
     attn_gate: Tensor
     ffn_gate: Tensor
 
@@ -172,6 +175,7 @@ class Parallel(Placement):
 
     default_depth_rule = "1/sqrt(2L)"
     final_norm = True
+    norms_only_reads = True
 
     @classmethod
     def layout(cls, num_layers: int, *, norms: int = 1) -> Layout:
@@ -203,6 +207,7 @@ class ChannelScaling(Placement):
     """
 
     final_norm = True
+    norms_only_reads = True
 
     STARTS: ClassVar[dict[str, float]] = {"skip_gain": 1.0, "skip_shift": 0.0, "branch_gain": 1.0, "branch_shift": 0.0}
 

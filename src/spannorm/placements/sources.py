@@ -19,6 +19,7 @@ class _Sources(Placement):
 
     default_depth_rule = "none"
     final_norm = True
+    norms_only_reads = True
 
     def gains(self) -> dict[str, Tensor]:
         sites = (*(() if self.is_first else ("attn",)), "ffn", *(("readout",) if self.is_last else ()))

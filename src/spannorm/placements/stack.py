@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from spannorm.errors import InputError, one_of, shown
 from spannorm.norms import NORMS, Norm, build_norm
-from spannorm.placements.base import Placement, check_output_norms
+from spannorm.placements.base import Placement, check_norm, check_output_norms
 from spannorm.placements.hybrid import HybridNorm, HybridNormStar
 from spannorm.placements.hyper import GatedResidual, HyperConnections, ManifoldHyperConnections
 from spannorm.placements.output import AveragedResidual, NormFormer, OLMo2Norm, PeriLN
@@ -108,7 +108,7 @@ class Stack:
         num_layers: blocks, at least 1.
         depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default.
         options: the placement's own.
-        norm: `rmsnorm` or `layernorm`.
+        norm: `rmsnorm`, `layernorm` or `dyt`.
         eps: the norms' epsilon.
 
     Raises:
@@ -140,6 +140,7 @@ class Stack:
         rule, layout = work_out(name, self.num_layers), self.kind.layout(self.num_layers, **given)
         for kind in layout.kinds.values():
             check_output_norms(kind, rule)
+            check_norm(kind, self.norm)
         for key, value in {"depth_rule": name, "options": given, **layout._asdict()}.items():
             object.__setattr__(self, key, value)
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from spannorm.errors import InputError, unknown
+from spannorm.norms import NORMS, DyT
 from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std
 from spannorm.theory.kernel import ACTIVATIONS, Kernel, Positions, correlated_mean, normalized, outer
 
@@ -31,6 +32,7 @@ class Body:
         rope_theta: RoPE's base; None for queries and keys that are not rotated.
         base_init, initializer_range, tied: as in `spannorm.scaling.base_std`.
         embedding_multiplier: what the embedding is multiplied with.
+        norm: the norms' kind; LayerNorm is RMSNorm here, since a wide field has no mean.
         eps: the norms' epsilon.
         num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, shared_expert_intermediate_size,
         decoder_sparse_step: as in `spannorm.models.SpanNormConfig`; no experts make a dense model.
@@ -52,6 +54,7 @@ class Body:
     initializer_range: float = 0.02
     tied: bool = False
     embedding_multiplier: float = 1.0
+    norm: str = "rmsnorm"
     eps: float = 1e-6
     num_experts: int = 0
     num_experts_per_tok: int = 2
@@ -64,6 +67,8 @@ class Body:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise unknown("activation", self.hidden_act, ACTIVATIONS)
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
         if self.base_init not in BASE_INITS:
             raise unknown("base_init", self.base_init, BASE_INITS)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "sequence_length"):
@@ -193,6 +198,27 @@ class Attention:
         into_k /= outer(self.k_std)
         q_power, k_power = b.power("q", d, inner, self.rule), b.power("k", d, inner, self.rule)
         return inner * (self.v_power * values / outer(self.v_std) + q_power * into_q + k_power * into_k)
+
+
+@dataclass
+class Squash:
+    """DyT, `weight · tanh(alpha · x) + bias`, forward on kernels, then `backward`. Its weight and bias are those of all
+    channels."""
+
+    norm: DyT
+    reads: Kernel
+    writes: Kernel = field(init=False)
+
+    def __post_init__(self) -> None:
+        alpha, self.power, shift = (p.item() for p in (self.norm.alpha, self.norm.weight.square(), self.norm.bias))
+        correlation, std = normalized(self.reads)
+        self.alpha, self.std, self.correlation = alpha, alpha * std, np.clip(correlation, -1, 1)
+        self.writes = self.power * correlated_mean(np.tanh, self.std, self.correlation) + shift**2
+
+    def backward(self, gradient: Kernel) -> Kernel:
+        """The kernel of the gradient at what was read, from that at what was written."""
+        slope = correlated_mean(lambda z: 1 - np.tanh(z) ** 2, self.std, self.correlation)
+        return self.power * self.alpha**2 * slope * gradient
 
 
 @dataclass

@@ -74,8 +74,9 @@ def predict(
         InputError: an unknown placement, rule or option.
         NoRule: an operation of the placement that the theory cannot follow; the message names it.
     """
-    stack, given = Stack(placement, num_layers, depth_rule, options), tuple(sorted(options.items()))
     body = body or Body()
+    stack = Stack(placement, num_layers, depth_rule, options, body.norm)
+    given = tuple(sorted(options.items()))
     if body.base_init == "tiny":  # the one base init that knows the depth
         body = replace(body, num_layers=num_layers)
     return _predict(stack.kind, placement, num_layers, str(stack.depth_rule), body, given)
@@ -85,7 +86,7 @@ def predict(
 def _predict(
     kind: type, placement: str, num_layers: int, depth_rule: str, body: Body, options: tuple[tuple[str, Any], ...]
 ) -> Prediction:
-    stack = Stack(placement, num_layers, depth_rule, dict(options))
+    stack = Stack(placement, num_layers, depth_rule, dict(options), body.norm)
     embedding = normalized(body.embedding())[0] if stack.embedding_norm else body.embedding()
     alternating = body.num_experts > 0 and body.decoder_sparse_step > 1  # no geometric series
     # up: each stretch of blocks as its first one, and the streams as a geometric series from its first two

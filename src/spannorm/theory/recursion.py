@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spannorm.norms import Norm, scaled_add
+from spannorm.norms import DyT, Norm, scaled_add
 from spannorm.placements import Placement, Stack
 from spannorm.scaling import Branch
-from spannorm.theory.body import Attention, Body, FeedForward
+from spannorm.theory.body import Attention, Body, FeedForward, Squash
 from spannorm.theory.field import Field, NoRule
 from spannorm.theory.kernel import Array, Kernel
 from spannorm.theory.mixture import Mixture
 
 Kernels = dict[tuple[int, int], Kernel]
 """Covariance of each pair of leaves, streams or gradients; an absent pair is uncorrelated."""
-Sublayer = Attention | FeedForward | Mixture
+Sublayer = Attention | FeedForward | Mixture | Squash
 Coefficients = dict[int, Array]
 """Of one field: leaf → its coefficient by position."""
 
@@ -45,6 +45,17 @@ class _Norm(Norm):
         return (normed, total) if return_sum else normed
 
 
+class _Squash(_Norm):
+    """DyT on fields: what it writes is a new leaf. A field that only a sublayer reads is known by its kernel."""
+
+    def add_norm(self, x: Any, f: Any, *, return_sum: bool, **scales: Any) -> Any:
+        total = x if f is None else scaled_add(x, f, **scales)
+        if total.ndim == 4:
+            raise NoRule("the theory has no rule for DyT over several streams")
+        squashed = self.walk.squashed(self.name, total, self)
+        return (squashed, total) if return_sum else squashed
+
+
 class Walk:
     """One block, walked through forward; then `backward`.
 
@@ -60,14 +71,17 @@ class Walk:
         self.first_branch = 1 + max(i for i, _ in streams)
         self.sites: dict[str, float] = {}
         """Variance, mean over tokens, of what each norm reads, and `output` of what leaves a block as one stream."""
-        self.branches: list[tuple[Branch, Sublayer, Coefficients]] = []
+        self.branches: list[tuple[str, Sublayer, Coefficients]] = []
+        """Where leaves come from, in order: attn, ffn, or a norm that squashes; and the gradient of what it reads."""
+        if body.norm == "dyt" and body.qk_norm:
+            raise NoRule("the theory has no rule for DyT on queries and keys")
         with torch.device("cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rules that the authors of a placement discourage
             self.placement: Placement = stack.block(layer_idx, hidden_size=1)
         self.placement.double()
         for name in self.placement.norms():
             norm: Any = self.placement.get_submodule(name)
-            norm.__class__, norm.name, norm.walk = _Norm, name, self
+            norm.__class__, norm.name, norm.walk = _Squash if isinstance(norm, DyT) else _Norm, name, self
         self.placement.unit = self._unit  # type: ignore[method-assign]
         with torch.no_grad():
             enters = [self._leaf(i) for i in range(self.first_branch)]
@@ -85,7 +99,8 @@ class Walk:
             self.sites["output"] = body.positions.mean(self.leaving[0, 0][0])
 
     def _leaf(self, index: int) -> Any:
-        coefficients = torch.zeros(2, self.first_branch + 2, self.body.positions.size, 1, dtype=torch.float64)
+        leaves = self.first_branch + 2 + (self.body.norm == "dyt") * len(self.placement.norms())
+        coefficients = torch.zeros(2, leaves, self.body.positions.size, 1, dtype=torch.float64)
         coefficients[:, index] = 1.0
         return coefficients.flatten(0, 1).as_subclass(Field)
 
@@ -105,6 +120,20 @@ class Walk:
         self.sites[name] = float(np.mean([self.body.positions.mean(v) for v in variances]))
         normed = [self._divided(f, v) for f, v in zip(streams, variances, strict=True)]
         return torch.stack(normed, dim=-2) if x.ndim == 4 else normed[0]
+
+    def squashed(self, name: str, x: Any, norm: Any) -> Any:
+        """A field through DyT; the variance of what it reads is noted under the norm's name."""
+        value, slope = _parts(x)
+        kernel = self.covariance(value, value)
+        self.sites[name] = self.body.positions.mean(kernel[0])
+        return self._opened(name, Squash(norm, kernel), slope)
+
+    def _opened(self, kind: str, source: Sublayer, slope: Coefficients) -> Any:
+        """A new leaf."""
+        leaf = self.first_branch + len(self.branches)
+        self.branches.append((kind, source, slope))
+        self.leaves[leaf, leaf] = source.writes
+        return self._leaf(leaf)
 
     def _unit(self, x: Any, dims: int = 1) -> Any:
         """Each of several streams divided by its RMS, or by that of all (`dims` = 2)."""
@@ -129,10 +158,7 @@ class Walk:
             sublayer = Mixture(*common)
         else:
             sublayer = FeedForward(*common, self.body.intermediate_size)
-        leaf = self.first_branch + len(self.branches)
-        self.branches.append((kind, sublayer, slope))
-        self.leaves[leaf, leaf] = sublayer.writes
-        return self._leaf(leaf)
+        return self._opened(kind, sublayer, slope)
 
     def backward(self, gradients: Kernels, without: tuple[Branch, ...] = ()) -> Kernels:
         """Kernels of the gradient at the entering streams, from those at the leaving ones.
