@@ -11,12 +11,12 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spannorm.errors import InputError, unknown
 from spannorm.lab.summary import arms_named
-from spannorm.train.recipe import Recipe, TrainRecipe, recipe_from_dict, set_key
+from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
 RATE, SEED = "train.learning_rate", "train.seed"
@@ -44,33 +44,6 @@ class Job:
     """The tables it stands in."""
     stage: str = ""
     """Of a protocol: `choice` or `confirmation`."""
-    config: Any = field(default=None, compare=False)
-    """Its model's configuration, the seed aside."""
-    resolved: str = field(default="", compare=False)
-    """What the run is, however it was spelled."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What the jobs of an arm under a condition share, whatever their learning rates and seeds."""
-
-    recipe: Recipe
-    raw: dict[str, Any]
-    config: Any
-    resolved: str
-
-
-def _resolved(recipe: Recipe, config: Any) -> str:
-    """A run but for its rate and seed, every default filled in."""
-    raw = run_recipe(recipe)
-    train = {key: value for key, value in raw["train"].items() if key not in ("learning_rate", "seed")}
-    model = {key: value for key, value in config.to_dict().items() if key != "init_seed"}
-    return json.dumps([model, raw["data"], train], sort_keys=True, default=str)
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys set the same thing, or one a part of the other."""
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 @dataclass(frozen=True)
@@ -96,9 +69,6 @@ class Plan:
         grid = {key: values for key, values in recipe.compare.grid.items() if key not in (RATE, SEED)}
         self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
-        self._bases: dict[str, _Base] = {}
-        self._values: dict[tuple[str, str], Any] = {}
-        self._check_overrides()
         if not recipe.compare.arms:
             raise InputError("compare.arms lists no arm: give one mapping per arm, such as {model.placement: span}.")
         self.races: dict[tuple[str, str], list[Entrant]] = {}
@@ -110,7 +80,12 @@ class Plan:
                 for key, value in zip(grid, values, strict=True):
                     (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
                 self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
-        self._check_apart()
+        seen: set[tuple[str, str]] = set()
+        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
+            job = self._job(entrant, rate, seed)
+            if (entrant.table, job.name) in seen:
+                raise InputError(f"compare lists the same run twice: {dict(job.overrides)}.")
+            seen.add((entrant.table, job.name))
         self.pairs = self._checked_pairs()
         if self.protocol.seeds:
             self._check_protocol()
@@ -170,91 +145,24 @@ class Plan:
         held = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(held, key=lambda rate: held[rate]) if held else None
 
-    def _check_overrides(self) -> None:
-        """Refuse a grid without values, and a key that is set twice: one of the two would win without a word."""
-        grid = self.recipe.compare.grid
-        keys: dict[str, str] = {}
-        for name, values in grid.items():
-            if not values:
-                raise InputError(f"compare.grid.{name} lists no value: give at least one, or leave the key out.")
-            for key in {k: None for value in values for k in (value if isinstance(value, Mapping) else (name,))}:
-                other = next((k for k in keys if _overlap(key, k)), None)
-                if other:
-                    raise InputError(f"compare.grid sets {key} twice, under {keys[other]} and under {name}.")
-                keys[key] = name
-        for arm in self.recipe.compare.arms:
-            for key in arm:
-                other = next((k for k in keys if key != "table" and _overlap(key, k)), None)
-                if other:
-                    raise InputError(
-                        f"the arm {dict(arm)} sets {key}, and compare.grid sets {other} for every arm: leave it to one."
-                    )
-
-    def _check_apart(self) -> None:
-        """Refuse a run that is listed twice, however it is spelled, and two arms of one name."""
-        seen: dict[tuple[str, str], Mapping[str, Any]] = {}
-        named: dict[tuple[str, str, str], Any] = {}
-        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
-            job = self._job(entrant, rate, seed)
-            if (entrant.table, job.resolved) in seen:
-                both = [dict(o) for o in (seen[entrant.table, job.resolved], job.overrides)]
-                told = f"{both[0]}" if both[0] == both[1] else f"{both[0]} and {both[1]}"
-                raise InputError(f"compare lists the same run twice: {told}.")
-            seen[entrant.table, job.resolved] = job.overrides
-            arm = {key: value for key, value in entrant.arm.items() if key not in (RATE, SEED)}
-            other = named.setdefault((entrant.table, json.dumps(entrant.cell), job.arm), arm)
-            if other != arm:
-                raise InputError(f"two arms of the comparison have the name {job.arm!r}: {other} and {arm}.")
-
-    def _base(self, entrant: Entrant) -> _Base:
-        """What all jobs of an entrant share; a configuration takes milliseconds, and there may be thousands of jobs."""
-        overrides = {k: v for k, v in {**entrant.arm, **entrant.cell}.items() if k not in (RATE, SEED)}
-        key = json.dumps(overrides)
-        if key not in self._bases:
-            raw = json.loads(json.dumps(run_recipe(self.recipe)))
-            for name, value in overrides.items():
-                set_key(raw, name, value)
-            recipe = recipe_from_dict(raw)
-            config = model_config(recipe)
-            self._bases[key] = _Base(recipe, run_recipe(recipe), config, _resolved(recipe, config))
-        return self._bases[key]
-
-    def _train(self, base: _Base, rate: Any, seed: Any) -> TrainRecipe:
-        """The training section at a rate and a seed, which are checked like any."""
-        for key, value in ((RATE, rate), (SEED, seed)):
-            if (key, repr(value)) not in self._values:
-                raw = json.loads(json.dumps(run_recipe(self.recipe)))
-                set_key(raw, key, value)
-                self._values[key, repr(value)] = getattr(recipe_from_dict(raw).train, key.rpartition(".")[2])
-        return replace(
-            base.recipe.train, learning_rate=self._values[RATE, repr(rate)], seed=self._values[SEED, repr(seed)]
-        )
-
     def _job(self, entrant: Entrant, rate: float, seed: int) -> Job:
         overrides = {**entrant.arm, **entrant.cell}
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
-            base = self._base(entrant)
-            t = self._train(base, overrides.get(RATE, self._own(RATE)), overrides.get(SEED, self._own(SEED)))
-            config, recipe = base.config, replace(base.recipe, train=t)
-            section = {**base.raw["train"], "learning_rate": t.learning_rate, "seed": t.seed}
-            digest = hashlib.sha256(json.dumps({**base.raw, "train": section}, sort_keys=True).encode()).hexdigest()[:8]
+            raw = json.loads(json.dumps(run_recipe(self.recipe)))
+            for name, value in overrides.items():
+                set_key(raw, name, value)
+            recipe = recipe_from_dict(raw)
+            config = model_config(recipe)
+            t = recipe.train
+            digest = hashlib.sha256(json.dumps(run_recipe(recipe), sort_keys=True).encode()).hexdigest()[:8]
             words = f"{config.placement}-{config.depth_rule}-lr{t.learning_rate:g}-seed{t.seed}"
-            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:100] + f"-{digest}"
-            extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
+            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-")) + f"-{digest}"
+            extras = [f"{k.rpartition('.')[2]}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
             arm = " ".join([config.placement, str(config.depth_rule), *extras])
-            resolved = f"{base.resolved} {t.learning_rate!r} {t.seed} {base.recipe.model.get('init_seed', t.seed)}"
-            self._made[key] = Job(
-                folder, overrides, recipe, arm, entrant.cell, (entrant.table,), config=config, resolved=resolved
-            )
+            self._made[key] = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
         return self._made[key]
-
-    def _short(self, key: str) -> str:
-        """The last part of a dotted key, where that says which one it is."""
-        last = key.rpartition(".")[2]
-        every = {k for arm in self.recipe.compare.arms for k in arm}
-        return key if any(k != key and k.rpartition(".")[2] == last for k in every) else last
 
     def _own(self, key: str) -> Any:
         return getattr(self.recipe.train, key.rpartition(".")[2])
