@@ -45,6 +45,13 @@ PrintCommands = Annotated[
 ]
 
 
+def writable(path: Path | None) -> Path | None:
+    """A file to be written after the work, tried before it."""
+    from spannorm.files import check_writable
+
+    return None if path is None else check_writable(path)
+
+
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -231,7 +238,7 @@ def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> No
     from spannorm.train.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    tokens = prepare_data(loaded.data, out or Path("runs") / loaded.name / "data")
+    tokens = prepare_data(loaded.data, out or Path("runs") / loaded.name / "data", same_corpus=True)
     for name, split in tokens.splits.items():
         typer.echo(f"{name:10}  {split.tokens:>14,} tokens  {split.documents:>9,} documents")
     typer.echo(f"{tokens.directory}  sha256 {tokens.sha256[:16]}")
@@ -241,7 +248,7 @@ def data(recipe: RecipeFile, out: Out = None, overrides: Overrides = None) -> No
 def placements(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One placement: draws its data flow.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON too.", callback=writable)
     ] = None,
     imports: Imports = None,
 ) -> None:
@@ -267,13 +274,16 @@ DepthRules = Annotated[
     str, typer.Option("--depth-rules", metavar="RULES", help=f"Depth rules; `default` is the placement's own. {Comma}")
 ]
 Depths = Annotated[str, typer.Option("--depths", metavar="BLOCKS", help=f"Depths in blocks. {Comma}")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers as JSON too.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write all numbers as JSON too.", callback=writable),
+]
 
 
 def image(path: Path | None) -> Path | None:
     if path is not None and path.suffix not in (".png", ".svg"):
         raise InputError(f"--plot draws .png or .svg; got {path}.")
-    return path
+    return writable(path)
 
 
 PlotFile = Annotated[
@@ -297,13 +307,15 @@ def theory(
     imports: Imports = None,
 ) -> None:
     """Predict signal and gradient at initialization, and say what they mean. Builds no model."""
-    from spannorm.lab.depth_report import show
+    from spannorm.lab.depth_report import progress, show
     from spannorm.lab.depth_theory import cases, sizes, theory_of
 
     run_files(imports)
     sized = sizes(recipe, overrides or ())
     chosen = cases(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
-    show(chosen, theory_of(chosen), json_file, plot)
+    with progress(len(chosen), "") as on_case:
+        results = theory_of(chosen, on_case)
+    show(chosen, results, json_file, plot)
 
 
 @app.command()
@@ -409,6 +421,13 @@ def main() -> None:
 
         if is_first() or isinstance(error, DiskError):  # all other input is the same for every process
             typer.secho(f"error: {plain(error)}", fg="red", err=True)
+        sys.exit(2)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        said = getattr(error, "strerror", None) or error
+        what = getattr(error, "filename", None)
+        typer.secho(f"error: {plain(f'{said}: {what}' if what else said)}", fg="red", err=True)
         sys.exit(2)
     except (Stopped, Interrupted) as stop:
         from spannorm.train.processes import is_first

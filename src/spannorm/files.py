@@ -73,14 +73,34 @@ def make_folder(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:
             raise InputError(f"cannot make the folder {folder} ({error.strerror}): choose another --out.") from None
+        except ValueError as error:  # a name with a null byte
+            raise InputError(f"cannot make the folder {str(folder)!r} ({error}): choose another --out.") from None
         trial = folder / f".writable-{os.getpid()}"
         trial.write_bytes(b"x")
         trial.unlink()
 
 
+def check_writable(path: Path) -> Path:
+    """A file that is to be written later: an `InputError` now, before any time is spent, where it cannot be."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is no file that can be written: give the name of a file.")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} for {path.name}: make it first, or give another.")
+    with writing_to(path.parent):
+        trial = _new(path)
+        trial.write_bytes(b"")
+        trial.unlink()
+    return path
+
+
+def _new(path: Path) -> Path:
+    """The file beside `path` that is renamed to it when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.new")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file's content in one step: readers see the old or the new, never a part."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = _new(path)
     try:
         with open(new, "wb") as file:
             file.write(content)

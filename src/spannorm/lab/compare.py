@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,12 +35,12 @@ from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import tasks_of
 from spannorm.train.recipe import DataRecipe, Recipe
-from spannorm.train.run import differences, model_config
+from spannorm.train.run import differences, model_config, run_recipe
 
 logger = logging.getLogger("spannorm")
 
 _MANY = 100
-"""Jobs beyond which planning them is worth a word."""
+"""Runs beyond which planning them is worth a word."""
 COMPARISON, RESULTS = "comparison.json", "results.json"
 
 
@@ -93,18 +94,19 @@ def _opened(
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
     claim(out, folders.COMPARISON)
+    least = len(recipe.compare.arms) * math.prod(map(len, recipe.compare.grid.values()))
+    if least > _MANY:
+        say(PlainConsole(stderr=True), f"planning {least:,} runs")
     plan = Plan(recipe)
     make_folder(out)
     with alone_in(out), writing_to(out):
         sweep(out)
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
-        if len(jobs) > _MANY:
-            say(PlainConsole(stderr=True), f"{len(jobs):,} jobs are planned; the text is made ready")
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
         tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
-        for (_, which), job in {(id(job.config), job.recipe.data): job for job in jobs}.items():
-            model_config(job.recipe, tokens[which])
+        for job in _apart(jobs):
+            model_config(job.recipe, tokens[job.recipe.data])
         _check_tasks(jobs, tokens)
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         # the first run's: a recipe may leave its sizes to its arms or its grid
@@ -112,11 +114,21 @@ def _opened(
         yield Runner(out, plan.jobs, data, imports, at_once), about
 
 
+def _apart(jobs: Sequence[Job]) -> list[Job]:
+    """One job of each kind: others differ in their seeds and learning rates alone."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        raw = run_recipe(job.recipe)
+        train = {key: value for key, value in raw["train"].items() if key not in ("seed", "learning_rate")}
+        first.setdefault(json.dumps([raw["model"], raw["data"], train]), job)
+    return list(first.values())
+
+
 def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) -> None:
     """Load what jobs are evaluated on, once each, before any of them is run."""
     seen = set()
-    for job in jobs:
-        t, context = job.recipe.train, job.config.max_position_embeddings
+    for job in _apart(jobs):
+        t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
         which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
         if t.evaluate and which not in seen:
             tasks_of(t, tokens[job.recipe.data], context)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from spannorm import theory
 from spannorm.console import Grid, say, wide_console
@@ -32,14 +33,14 @@ TITLE = (
 
 
 @contextmanager
-def progress(count: int) -> Iterator[Callable[[Case], None]]:
+def progress(count: int, first: str = "preparing the text") -> Iterator[Callable[[Case], None]]:
     """A live line that is told of every stack as it begins."""
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=wide_console(), transient=True,
     )  # fmt: skip
     with bar:
-        task = bar.add_task("preparing the text", total=count, completed=-1)
+        task = bar.add_task(first, total=count, completed=-1)
 
         def on_case(case: Case) -> None:
             placement, rule, depth = case.key
@@ -58,7 +59,8 @@ def show(
     """Print the table and the words; write the numbers and the figure (.png or .svg) where asked."""
     console = console or wide_console()
     console.print(table(results["rows"]).fitted(console))
-    sentences = words(chosen, results)
+    with console.status(Text("weighing the depth rules")):
+        sentences = words(chosen, results)
     for sentence in sentences:
         say(console, sentence)
     if json_file:

@@ -6,7 +6,7 @@ It needs neither Transformers nor text, and is quick to start.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -138,13 +138,16 @@ def predictions(p: theory.Prediction) -> dict[str, float]:
     }
 
 
-def theory_of(chosen: Sequence[Case]) -> dict[str, Any]:
-    """The theory's rows for every case, nothing measured: what `spannorm theory --json` writes."""
-    rows = [
-        Row(*case.key, 0, quantity, number(value), None)
-        for case in chosen
-        for quantity, value in predictions(case.predicted()).items()
-    ]
+def theory_of(chosen: Sequence[Case], on_case: Callable[[Case], None] = lambda _: None) -> dict[str, Any]:
+    """The theory's rows for every case, nothing measured: what `spannorm theory --json` writes.
+
+    Args:
+        on_case: called before each case.
+    """
+    rows = []
+    for case in chosen:
+        on_case(case)
+        rows += [Row(*case.key, 0, name, number(value), None) for name, value in predictions(case.predicted()).items()]
     return {"repeat": 0.0, "rows": [row.to_dict() for row in rows], "profiles": []}
 
 

@@ -12,16 +12,21 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spannorm.errors import InputError, shown, unknown
 from spannorm.lab.summary import arms_named
-from spannorm.train.recipe import Recipe, TrainRecipe, recipe_from_dict, set_key
+from spannorm.models import SpanNormConfig
+from spannorm.train.needs import Needs, check_fits
+from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
 RATE, SEED = "train.learning_rate", "train.seed"
 MOST_RUNS = 100_000
+_LONGEST_FOLDER = 120
+_OF_A_RUN = {"seed", "learning_rate"}
+"""What does not change how large a model is."""
 IDENTITY = ("model.placement", "model.depth_rule")
 """Keys that make another arm, even in the grid; the grid's other keys make another condition."""
 
@@ -46,28 +51,6 @@ class Job:
     """The tables it stands in."""
     stage: str = ""
     """Of a protocol: `choice` or `confirmation`."""
-    config: Any = field(default=None, compare=False)
-    """Its model's configuration, the seed aside."""
-    resolved: str = field(default="", compare=False)
-    """What the run is, however it was spelled."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What the jobs of an arm under a condition share, whatever their learning rates and seeds."""
-
-    recipe: Recipe
-    raw: dict[str, Any]
-    config: Any
-    resolved: str
-
-
-def _resolved(recipe: Recipe, config: Any) -> str:
-    """A run but for its rate and seed, every default filled in."""
-    raw = run_recipe(recipe)
-    train = {key: value for key, value in raw["train"].items() if key not in ("learning_rate", "seed")}
-    model = {key: value for key, value in config.to_dict().items() if key != "init_seed"}
-    return json.dumps([model, raw["data"], train], sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -89,13 +72,15 @@ class Plan:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.protocol = recipe, recipe.compare.protocol
+        self._raw = json.dumps(run_recipe(recipe))
         self._made: dict[str, Job] = {}
+        self._resolved: dict[str, tuple[SpanNormConfig, str]] = {}
+        self._runs: dict[str, Job] = {}
+        self.largest: Needs | None = None
+        """What the largest run will need."""
         grid = {key: values for key, values in recipe.compare.grid.items() if key not in (RATE, SEED)}
         self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
-        self._bases: dict[str, _Base] = {}
-        self._values: dict[tuple[str, str], Any] = {}
-        self._runs: dict[str, Job] = {}
         _check_keys(recipe)
         self.races: dict[tuple[str, str], list[Entrant]] = {}
         for given in recipe.compare.arms:
@@ -106,7 +91,16 @@ class Plan:
                 for key, value in zip(grid, values, strict=True):
                     (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
                 self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
-        self._check_apart()
+        first: dict[tuple[str, str], Entrant] = {}
+        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
+            job = self._job(entrant, rate, seed)
+            if (entrant.table, job.name) in first:
+                given, twin = ({**e.arm, **e.cell} for e in (entrant, first[entrant.table, job.name]))
+                raise InputError(
+                    f"compare lists the same run twice: {shown(given)} and {shown(twin)} are both {job.arm}, learning "
+                    f"rate {rate:g}, seed {seed}. Take one out: a run counts once."
+                )
+            first[entrant.table, job.name] = entrant
         self.pairs = self._checked_pairs()
         if self.protocol.seeds:
             self._check_protocol()
@@ -166,72 +160,47 @@ class Plan:
         held = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(held, key=lambda rate: held[rate]) if held else None
 
-    def _check_apart(self) -> None:
-        """Refuse a run that is listed twice, however it is spelled, and two arms of one name."""
-        seen: dict[tuple[str, str], Mapping[str, Any]] = {}
-        named: dict[tuple[str, str, str], Any] = {}
-        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
-            job = self._job(entrant, rate, seed)
-            given = {**entrant.arm, **entrant.cell, RATE: rate, SEED: seed}
-            if (entrant.table, job.resolved) in seen:
-                both = [dict(o) for o in (seen[entrant.table, job.resolved], given)]
-                told = f"{both[0]}" if both[0] == both[1] else f"{both[0]} and {both[1]}"
-                raise InputError(f"compare lists the same run twice: {told}.")
-            seen[entrant.table, job.resolved] = given
-            arm = {key: value for key, value in entrant.arm.items() if key not in (RATE, SEED)}
-            other = named.setdefault((entrant.table, json.dumps(entrant.cell), job.arm), arm)
-            if other != arm:
-                raise InputError(f"two arms of the comparison have the name {job.arm!r}: {other} and {arm}.")
-
-    def _base(self, entrant: Entrant) -> _Base:
-        """What all jobs of an entrant share; a configuration takes milliseconds, and there may be thousands of jobs."""
-        overrides = {k: v for k, v in {**entrant.arm, **entrant.cell}.items() if k not in (RATE, SEED)}
-        key = json.dumps(overrides)
-        if key not in self._bases:
-            raw = json.loads(json.dumps(run_recipe(self.recipe)))
-            for name, value in overrides.items():
-                set_key(raw, name, value)
-            recipe = recipe_from_dict(raw)
-            config = model_config(recipe)
-            self._bases[key] = _Base(recipe, run_recipe(recipe), config, _resolved(recipe, config))
-        return self._bases[key]
-
-    def _train(self, base: _Base, rate: Any, seed: Any) -> TrainRecipe:
-        """The training section at a rate and a seed, which are checked like any."""
-        for key, value in ((RATE, rate), (SEED, seed)):
-            if (key, repr(value)) not in self._values:
-                raw = json.loads(json.dumps(run_recipe(self.recipe)))
-                set_key(raw, key, value)
-                self._values[key, repr(value)] = getattr(recipe_from_dict(raw).train, key.rpartition(".")[2])
-        return replace(
-            base.recipe.train, learning_rate=self._values[RATE, repr(rate)], seed=self._values[SEED, repr(seed)]
-        )
-
     def _job(self, entrant: Entrant, rate: float, seed: int) -> Job:
         overrides = {**entrant.arm, **entrant.cell}
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
-            base = self._base(entrant)
-            t = self._train(base, overrides.get(RATE, self._own(RATE)), overrides.get(SEED, self._own(SEED)))
-            config, recipe = base.config, replace(base.recipe, train=t)
-            section = {**base.raw["train"], "learning_rate": t.learning_rate, "seed": t.seed}
-            digest = hashlib.sha256(json.dumps({**base.raw, "train": section}, sort_keys=True).encode()).hexdigest()[:8]
-            words = f"{config.placement}-{config.depth_rule}-lr{t.learning_rate:g}-seed{t.seed}"
-            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:100] + f"-{digest}"
+            raw = json.loads(self._raw)
+            for name, value in overrides.items():
+                set_key(raw, name, value)
+            recipe = recipe_from_dict(raw)
+            config, resolved = self._resolve(recipe)
+            placement, rule = config.placement, str(config.depth_rule)
+            t, resolved_run = recipe.train, run_recipe(recipe)
+            text = json.dumps(resolved_run, sort_keys=True)
+            resolved_run["model"] = [resolved, recipe.model.get("init_seed", t.seed)]
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            words = f"{placement}-{rule}-lr{t.learning_rate:g}-seed{t.seed}"
+            folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:_LONGEST_FOLDER] + f"-{digest}"
             extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
-            arm = " ".join([config.placement, str(config.depth_rule), *extras])
-            resolved = f"{base.resolved} {t.learning_rate!r} {t.seed} {base.recipe.model.get('init_seed', t.seed)}"
-            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,), config=config, resolved=resolved)
+            arm = " ".join([placement, rule, *extras])
+            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
             # one run, however its arm is spelled: a placement's own depth rule may be said or not
-            self._made[key] = self._runs.setdefault(resolved, job)
+            self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]
 
+    def _resolve(self, recipe: Recipe) -> tuple[SpanNormConfig, str]:
+        """What a recipe's model comes to, and all of it but for the seed of its weights as text."""
+        run = run_recipe(recipe)
+        key = json.dumps([run["model"], run["data"], {k: v for k, v in run["train"].items() if k not in _OF_A_RUN}])
+        if key not in self._resolved:
+            config = model_config(recipe)
+            needed = check_fits(recipe, config)
+            self.largest = max(self.largest or needed, needed, key=lambda n: n.memory)
+            rest = {k: v for k, v in config.to_dict().items() if k != "init_seed"}
+            self._resolved[key] = config, json.dumps(rest, sort_keys=True, default=str)
+        return self._resolved[key]
+
     def _short(self, key: str) -> str:
-        """The last part of a dotted key, where that says which one it is."""
+        """The last part of an arm's key, or the key itself where two share it."""
         last = key.rpartition(".")[2]
-        every = {k for arm in self.recipe.compare.arms for k in arm}
-        return key if any(k != key and k.rpartition(".")[2] == last for k in every) else last
+        keys = {k for arm in self.recipe.compare.arms for k in arm if k.rpartition(".")[2] == last}
+        return key if len(keys) > 1 else last
 
     def _own(self, key: str) -> Any:
         return getattr(self.recipe.train, key.rpartition(".")[2])

@@ -17,15 +17,16 @@ import yaml
 
 import spannorm
 from spannorm.errors import Interrupted, Stopped
-from spannorm.files import read_json, write_text
+from spannorm.files import checked, read_json, write_text
 from spannorm.folders import own_folder
 from spannorm.lab.plan import Done, Job
+from spannorm.models import SpanNormConfig
 from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
 from spannorm.train.environment import cores
 from spannorm.train.recipe import DataRecipe
-from spannorm.train.recorder import RECORDS
-from spannorm.train.run import RESULT, RESULT_SHAPE, run_recipe
+from spannorm.train.recorder import RECORD, RECORDS
+from spannorm.train.run import RESULT, RESULT_SHAPE, model_config, run_recipe
 
 Planner = Callable[[Done], list[Job]]
 
@@ -48,6 +49,7 @@ class Runner:
         self.rows: dict[str, Row] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self._read: dict[str, int] = {}
+        self._configs: dict[str, SpanNormConfig] = {}
         self._running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str], IO[bytes]]] = {}
         self.look()
         self._free = places(self.jobs[0].recipe.train.threads, at_once)
@@ -60,9 +62,16 @@ class Runner:
             self.jobs = self.plan({name: _outcome(result) for name, result in self.results.items()})
             for job in self.jobs:
                 if job.name not in self.rows:
-                    self.rows[job.name] = Row.of(job.recipe, job.config)
+                    self.rows[job.name] = Row.of(job.recipe, self._config(job))
                     self._read[job.name] = 0
                     self._follow(job)
+
+    def _config(self, job: Job) -> SpanNormConfig:
+        """A job's model, the seed aside: thousands of jobs share a few, and each takes milliseconds."""
+        key = json.dumps([job.recipe.model, job.recipe.train.sequence_length])
+        if key not in self._configs:
+            self._configs[key] = model_config(job.recipe)
+        return self._configs[key]
 
     def run(self, title: str, on_finish: Callable[[], object]) -> None:
         """Run all jobs to their end, showing them live; `on_finish` is called whenever one has ended."""
@@ -211,7 +220,7 @@ def places(threads: int, at_once: int = 0) -> list[dict[str, str]]:
 
 def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a JSONL file from an offset on, and where the next read starts."""
-    if not path.is_file():
+    if not path.is_file():  # nor a pipe, which would never end
         return [], 0
     if path.stat().st_size < offset:
         offset = 0
@@ -219,4 +228,12 @@ def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         chunk = file.read()
     whole = chunk[: chunk.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return [record for line in whole.splitlines() if (record := _record(line))], offset + len(whole)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of a run's records; None of one that somebody changed, which the report counts."""
+    try:
+        return dict(checked(json.loads(line), RECORD, ""))
+    except (ValueError, RecursionError):
+        return None

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedConfig
 
 import spannorm
-from spannorm import models
+from spannorm import folders, models
 from spannorm.auto_code import AUTO_CODE
 from spannorm.errors import InputError
 from spannorm.files import make_folder, read_json, read_jsonl, write_json, write_text, writing_to
@@ -29,8 +29,8 @@ from spannorm.publishing.bundle import model_file
 from spannorm.publishing.card import CURVES, RECEIPT, Facts, draw_curves, model_card
 from spannorm.rewiring.configuration import MODEL_TYPE as REWIRED
 from spannorm.train.evaluation import RUN, model_folder
-from spannorm.train.recorder import RECORDS
-from spannorm.train.run import RESULT, quiet
+from spannorm.train.recorder import RECORD, RECORDS
+from spannorm.train.run import RESULT, RESULT_SHAPE, quiet
 from spannorm.train.tokenizer import is_bytes
 
 PUBLISHED = "published.json"
@@ -110,12 +110,12 @@ def _fill(out: Path, directory: Path, name: str) -> None:
         tokenizer = "bytes" if is_bytes(loaded) else "own"
     receipt = str(kind(config).init_receipt())
     write_text(out / RECEIPT, receipt + "\n")
-    run = read_json(directory / RUN) if (directory / RUN).is_file() else None
-    result = read_json(directory / RESULT) if run is not None and (directory / RESULT).is_file() else None
+    run = read_json(directory / RUN, folders.RUN.shape) if (directory / RUN).is_file() else None
+    result = read_json(directory / RESULT, RESULT_SHAPE) if run is not None and (directory / RESULT).is_file() else None
     facts = Facts(
         name=name, config=config, architecture=kind.__name__, parameters=model.num_parameters(), tokenizer=tokenizer,
         receipt=receipt.splitlines()[-1], run=run, result=result,
-        curves=draw_curves(read_jsonl(directory / RECORDS), out / CURVES), version=spannorm.__version__,
+        curves=draw_curves(read_jsonl(directory / RECORDS, RECORD), out / CURVES), version=spannorm.__version__,
     )  # fmt: skip
     write_text(out / "README.md", model_card(facts))
     write_json(out / PUBLISHED, {

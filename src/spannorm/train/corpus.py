@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spannorm.errors import InputError
+from spannorm.text import line
 from spannorm.train.recipe import DataRecipe
 
 TEXT_SUFFIXES = (
@@ -52,13 +55,37 @@ def documents(recipe: DataRecipe) -> Iterator[str]:
     for path in _stdlib() if recipe.corpus == "stdlib" else _local(Path(recipe.corpus)):
         read = _READERS.get(path.suffix.lower(), _text)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputError(f"{path} is not a regular file, which alone has an end: take it out of data.corpus.")
             for text in read(path, recipe):
                 if text and not text.isspace():
                     yield text
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it, or take it out.") from None
+        except MemoryError:
+            raise InputError(f"{path} does not fit into memory: set data.document_separator, or split it.") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}.") from None
+
+
+def left_out(recipe: DataRecipe) -> str:
+    """What a folder holds that is no document, in words: nothing is left out in silence. Empty where all was read."""
+    root = Path(recipe.corpus)
+    if recipe.corpus == "stdlib" or not root.is_dir():
+        return ""
+    kinds: Counter[str] = Counter()
+    for folder, subfolders, names in os.walk(root):
+        kinds["symbolic links to folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
+        kinds["hidden folders"] += sum(name[0] == "." for name in subfolders)
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name[0] == ".":
+                kinds["hidden files"] += 1
+            elif suffix not in SUFFIXES:
+                kinds[f"{line(suffix) or 'files without a suffix'}"] += 1
+    told = [f"{count:,} {kind}" for kind, count in kinds.most_common() if count]
+    return ", ".join(told[:8]) + (f" and {len(told) - 8} kinds more" if len(told) > 8 else "")
 
 
 def _stdlib() -> list[Path]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,27 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spannorm.errors import InputError, unknown
+from spannorm.files import read_json
 from spannorm.folders import partial_folder, sweep_partial
-from spannorm.train.corpus import documents
+from spannorm.text import line
+from spannorm.train.corpus import documents, left_out
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.tokenizer import encode_documents, load_tokenizer
+
+logger = logging.getLogger("spannorm")
 
 SPLITS = ("train", "validation", "test")
 
 _DESCRIPTION = "data.json"
 _TOKENS = 1 << 22  # counted at a time
+CHECKED = 1 << 30
+"""Bytes of token files up to which they are read once more before a run: a second or two."""
+_DTYPES = ("uint16", "uint32")
+_SPLIT = {"tokens": int, "documents": int, "bytes": int, "sha256": str}
+_SHAPE = {
+    "recipe": dict, "vocab_size": int, "end_of_document": int, "dtype": str, "sha256": str, "corpus_sha256": str,
+    "duplicates": int, "splits": {name: _SPLIT for name in SPLITS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,14 +83,16 @@ class TokenData:
         """
         directory = Path(directory)
         again = f"delete the folder {directory} and prepare the data again."
+        if not (directory / _DESCRIPTION).exists():
+            raise InputError(f"no prepared data in {directory}: it has no {_DESCRIPTION}.")
         try:
-            raw = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+            raw = read_json(directory / _DESCRIPTION, _SHAPE)
+            if raw["dtype"] not in _DTYPES or not 0 <= raw["end_of_document"] < raw["vocab_size"] <= 1 << 32:
+                raise ValueError("dtype, vocab_size or end_of_document is not what was written")
             entries = raw.pop("splits")
             splits = {name: Split(**entries[name]) for name in SPLITS}
             data = cls(directory, DataRecipe(**raw.pop("recipe")), splits=splits, **raw)
             width = np.dtype(data.dtype).itemsize
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"no prepared data in {directory}: it has no {_DESCRIPTION}.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{directory / _DESCRIPTION} is not readable ({error}): {again}") from None
         for name, split in splits.items():
@@ -90,6 +105,28 @@ class TokenData:
                     f"{path} is {wrong} bytes: it has {size}, and {_DESCRIPTION} says {size - off}; {again}"
                 )
         return data
+
+    def check(self) -> None:
+        """Read the token files, up to `CHECKED` bytes in all, and the tokenizer: now, not at a run's last step.
+
+        Raises `InputError` for bytes that are not those that were written, and a tokenizer that is damaged.
+        """
+        again = f"delete the folder {self.directory} and prepare the data again."
+        paths = {name: self.directory / f"{name}.bin" for name in self.splits}
+        if sum(path.stat().st_size for path in paths.values()) <= CHECKED:
+            for name, path in paths.items():
+                with path.open("rb") as file:
+                    if file_digest(file, "sha256").hexdigest() != self.splits[name].sha256:
+                        raise InputError(f"{path} was altered: {again}")
+        try:
+            tokenizer = self.tokenizer()
+            same = max(tokenizer.get_vocab().values()) + 1 == self.vocab_size
+            same = same and tokenizer.eos_token_id == self.end_of_document
+        except Exception as error:  # the parsers behind it raise nearly every kind
+            reason = line(next(iter(str(error).strip().splitlines()), type(error).__name__))
+            raise InputError(f"{self.directory / 'tokenizer'} is not readable ({reason}): {again}") from None
+        if not same:
+            raise InputError(f"{self.directory / 'tokenizer'} is not the one the tokens were made with: {again}")
 
     def split(self, name: str) -> Split:
         """The description of a split; `InputError` for a name not in `SPLITS`."""
@@ -136,7 +173,7 @@ class TokenData:
         return counts
 
 
-def prepare_data(recipe: DataRecipe, directory: str | Path) -> TokenData:
+def prepare_data(recipe: DataRecipe, directory: str | Path, *, same_corpus: bool = False) -> TokenData:
     """Turn the corpus into tokens in `directory`, or open what an equal recipe left there.
 
     Exact duplicates are dropped. The split goes by document: in the order of the SHA-256 of their text, the
@@ -144,16 +181,18 @@ def prepare_data(recipe: DataRecipe, directory: str | Path) -> TokenData:
     likewise, the rest to train. So a document's split depends on the texts alone, not on file names. Within
     a split the documents keep the order of the corpus. No document is held longer than it takes to encode.
 
-    The folder appears whole or not at all. Data that is there already is trusted: an equal recipe does not
-    prove that the files of the corpus, or the Python whose library it is, are still the same.
+    The folder appears whole or not at all. Data that is there already is checked (`TokenData.check`); the corpus
+    is read again with `same_corpus` alone: an equal recipe does not prove that its files, or the Python whose
+    library it is, are still the same.
 
     Raises `InputError` as `documents` and `load_tokenizer` do, before anything is written; for fewer than
     three distinct documents; when the folder holds something else or another recipe's data; and when it
     cannot be written.
     """
     directory = Path(directory).absolute()
+    there = os.path.lexists(directory / _DESCRIPTION)
     try:
-        if not (directory / _DESCRIPTION).exists():
+        if not there:
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise InputError(f"{directory} holds something else than prepared data: give a new folder.")
             _prepare(recipe, directory)
@@ -172,6 +211,12 @@ def prepare_data(recipe: DataRecipe, directory: str | Path) -> TokenData:
         raise InputError(
             f"{directory} holds data of another recipe: {', '.join(differing)}. Give another folder, or delete it."
         )
+    if there:
+        data.check()
+        if same_corpus and _plan(recipe).corpus_sha256 != data.corpus_sha256:
+            raise InputError(
+                f"the corpus {recipe.corpus!r} has changed since {directory} was made: give a new folder, or delete it."
+            )
     return data
 
 
@@ -183,6 +228,10 @@ class _Plan:
     split: dict[bytes, str]
     bytes: dict[str, int]
     duplicates: int
+
+    @property
+    def corpus_sha256(self) -> str:
+        return sha256(b"".join(sorted(self.split))).hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Read the corpus again: (split, text) of each distinct document."""
@@ -224,6 +273,8 @@ def _plan(recipe: DataRecipe) -> _Plan:
 
 def _prepare(recipe: DataRecipe, directory: Path) -> None:
     plan = _plan(recipe)
+    if passed_over := left_out(recipe):
+        logger.warning("%s: left out of the corpus: %s.", line(recipe.corpus), passed_over)
     tokenizer = load_tokenizer(recipe, lambda: (text for split, text in plan.documents() if split == "train"))
     directory.parent.mkdir(parents=True, exist_ok=True)
     sweep_partial(directory.parent)
@@ -274,7 +325,7 @@ def _write(plan: _Plan, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Non
         "end_of_document": tokenizer.eos_token_id,
         "dtype": dtype,
         "sha256": sha256("".join(splits[name].sha256 for name in SPLITS).encode()).hexdigest(),
-        "corpus_sha256": sha256(b"".join(sorted(plan.split))).hexdigest(),
+        "corpus_sha256": plan.corpus_sha256,
         "duplicates": plan.duplicates,
         "splits": {name: asdict(split) for name, split in splits.items()},
     }

@@ -34,6 +34,9 @@ SKIPS = 8
 """Steps in a row that may be skipped: weights that are broken themselves break every step."""
 
 
+RECORD = {"step": int, "loss": (float, None), "grad_norm": (float, None), "learning_rate": float, "seconds": float}
+PROBE = {"step": int, "loss": (float, None)}
+"""What a line holds at least; see `spannorm.files.checked`."""
 PATIENCE = 5.0
 """Seconds that a stop waits for the end of a step."""
 
@@ -107,7 +110,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         # A resumed run repeats the steps after its checkpoint: what they wrote before is taken back.
         for name in (RECORDS, PROBES) if is_first() else ():
-            there = read_jsonl(self.folder / name) if state.global_step else []
+            shape = RECORD if name == RECORDS else PROBE
+            there = read_jsonl(self.folder / name, shape) if state.global_step else []
             write_jsonl(self.folder / name, [r for r in there if r["step"] <= state.global_step])
         if state.global_step == 0:
             self._probe(0)
@@ -180,7 +184,7 @@ class RampEnd(TrainerCallback):
         self.folder, self.learned = folder, Learned(unigram_loss)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        for record in read_jsonl(self.folder / RECORDS):
+        for record in read_jsonl(self.folder / RECORDS, RECORD):
             if record["step"] <= state.global_step:
                 self.learned.lost(record["loss"])
 

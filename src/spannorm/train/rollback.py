@@ -20,11 +20,12 @@ from spannorm.files import append_json, read_jsonl
 from spannorm.train.checkpoints import last_complete, step_of
 from spannorm.train.health import WINDOW, spikes
 from spannorm.train.processes import any_of, on_first
-from spannorm.train.recorder import RECORDS
+from spannorm.train.recorder import RECORD, RECORDS
 
 logger = logging.getLogger("spannorm")
 
 ROLLBACKS = "rollbacks.jsonl"
+ROLLBACK = {"step": int, "to": int, "loss": float}
 ATTEMPTS = 3
 """Rollbacks to one checkpoint: where other data spike too, the weights are the cause, and the run goes on."""
 
@@ -42,7 +43,7 @@ class SpikeGuard(TrainerCallback):
         self.rolled_back = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        before = [r["loss"] for r in read_jsonl(self.folder / RECORDS) if r["step"] <= state.global_step]
+        before = [r["loss"] for r in read_jsonl(self.folder / RECORDS, RECORD) if r["step"] <= state.global_step]
         self.losses.extend(loss for loss in before if loss is not None)
 
     def on_log(
@@ -58,7 +59,7 @@ class SpikeGuard(TrainerCallback):
     def _roll_back(self, step: int, loss: float) -> bool:
         checkpoint = last_complete(self.folder)
         to = step_of(checkpoint) if checkpoint else 0
-        if [past["to"] for past in read_jsonl(self.folder / ROLLBACKS)].count(to) == ATTEMPTS:
+        if [past["to"] for past in read_jsonl(self.folder / ROLLBACKS, ROLLBACK)].count(to) == ATTEMPTS:
             logger.warning("step %d: the loss spikes (%.3f) after %d rollbacks to step %d; the run goes on.",
                            step, loss, ATTEMPTS, to)  # fmt: skip
             return False

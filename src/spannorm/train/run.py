@@ -43,7 +43,7 @@ from spannorm.train.evaluation import evaluate_run, tasks_of
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RampEnd, Recorder, exit_code
-from spannorm.train.rollback import ROLLBACKS, SpikeGuard
+from spannorm.train.rollback import ROLLBACK, ROLLBACKS, SpikeGuard
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
@@ -144,7 +144,9 @@ def _train(
     if t.evaluate:
         on_first(lambda: bool(tasks_of(t, tokens, config.max_position_embeddings)))  # an error now, not after training
     per_step = t.batch_size * t.accumulation
-    left_out = [(r["to"] * per_step, r["step"] * per_step) for r in on_first(lambda: read_jsonl(out / ROLLBACKS))]
+    left_out = [
+        (r["to"] * per_step, r["step"] * per_step) for r in on_first(lambda: read_jsonl(out / ROLLBACKS, ROLLBACK))
+    ]
     sequences = TrainingSequences(tokens, t.sequence_length, t.steps * per_step, t.seed, left_out)
     held_out = {
         split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)

@@ -18,8 +18,8 @@ from spannorm.train.environment import machine, versions
 from spannorm.train.health import failure, spike_steps
 from spannorm.train.ramp import tolerated
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import PROBES, RECORDS
-from spannorm.train.rollback import ROLLBACKS
+from spannorm.train.recorder import PROBE, PROBES, RECORD, RECORDS
+from spannorm.train.rollback import ROLLBACK, ROLLBACKS
 
 
 def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The row of `results.json` that this run is."""
     t, config = recipe.train, model.config
-    records = read_jsonl(out / RECORDS)
+    records = read_jsonl(out / RECORDS, RECORD)
     skipped = [r["step"] for r in records if r.get("skipped")]
     taken = [r for r in records if not r.get("skipped")]
     train_losses = [r["loss"] for r in taken]
@@ -56,7 +56,7 @@ def summarize(
     seconds = statistics.median(r["seconds"] for r in records)
     per_step = t.sequence_length * t.batch_size * t.accumulation
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
-    probes = read_jsonl(out / PROBES)
+    probes = read_jsonl(out / PROBES, PROBE)
     routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
     head, idle = model.lm_head.weight.numel(), model.idle_parameters()
     body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
@@ -73,7 +73,7 @@ def summarize(
         "unigram_loss": unigram,
         "initial_loss": probes[0]["loss"],
         "skipped_steps": skipped,
-        "rollbacks": read_jsonl(out / ROLLBACKS),
+        "rollbacks": read_jsonl(out / ROLLBACKS, ROLLBACK),
         "spikes": len(spiked),
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),

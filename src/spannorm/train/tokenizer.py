@@ -16,6 +16,8 @@ END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of the `bytes` and `bpe` tokenizers; their last id."""
 
 _CHARACTERS = 1 << 21  # encoded at a time: an encoding takes some hundred bytes of memory per token
+_PIECE = 1 << 20
+_LONGEST = 1 << 25
 
 
 def load_tokenizer(recipe: DataRecipe, training_documents: Callable[[], Iterator[str]]) -> PreTrainedTokenizerFast:
@@ -67,9 +69,42 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    splits = backend.pre_tokenizer
+    by_words = backend.normalizer is None and isinstance(splits, pre_tokenizers.ByteLevel) and splits.use_regex
+
+    def encoded(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(e.ids, np.uint32) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     for batch in _batches(documents):
-        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array(encoding.ids, np.uint32)
+        *short, last = batch  # a long document ends its batch
+        if len(last) <= _CHARACTERS:
+            yield from encoded(batch)
+            continue
+        yield from encoded(short)
+        if by_words and not splits.add_prefix_space:
+            yield np.concatenate([encoded([piece])[0] for piece in _pieces(last)])
+        elif len(last) <= _LONGEST:
+            yield from encoded([last])
+        else:
+            raise InputError(
+                f"a document holds {len(last):,} characters, and this tokenizer takes {_LONGEST:,} at once: set "
+                "data.document_separator to the text that ends a document, or split the file."
+            )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in pieces of the same tokens: byte-level BPE never joins what a lone space parts. A stretch without
+    one, which no text has, is cut where it is."""
+    start = 0
+    while len(text) - start > _PIECE:
+        end = start + _PIECE
+        cut = text.rfind(" ", start + 1, end)
+        while cut > start and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+            cut = text.rfind(" ", start + 1, cut)
+        cut = cut if cut > start else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -107,7 +142,7 @@ def _train_bpe(vocab_size: int, documents: Iterator[str]) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    backend.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
     return _wrap(backend.model, use_regex=True)
 
 

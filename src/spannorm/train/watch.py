@@ -10,7 +10,7 @@ from spannorm.files import read_jsonl
 from spannorm.train.display import Board, Row
 from spannorm.train.processes import is_first
 from spannorm.train.recipe import Recipe
-from spannorm.train.recorder import RECORDS
+from spannorm.train.recorder import RECORD, RECORDS
 from spannorm.train.run import model_config, train
 
 
@@ -23,7 +23,7 @@ def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> di
 
         def on_step(record: dict[str, Any]) -> None:
             if row.status != "running":
-                row.add([r for r in read_jsonl(out / RECORDS) if r["step"] < record["step"]])
+                row.add([r for r in read_jsonl(out / RECORDS, RECORD) if r["step"] < record["step"]])
                 row.status = "running"
             row.add([record])
             board.refresh()
