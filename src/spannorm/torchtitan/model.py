@@ -21,6 +21,7 @@ from spannorm.torchtitan.block import PlacedBlock, PlacementConfig, end_norm, no
 from spannorm.torchtitan.draws import ROLES, Heads, give_draws, plan_draws
 from spannorm.torchtitan.sublayers import attention, copied, feed_forward
 
+NOT_AS_DTENSOR = ("mixed_input",)
 Factors = tuple[float, float, float]
 
 
@@ -193,6 +194,12 @@ def before_sharding(config: Any, trainer: Any) -> None:
             "tensor parallelism cuts: add --parallelism.spmd_backend full_dtensor, which gathers what a norm needs, or "
             "set parallelism.tensor_parallel_degree=1."
         )
+    if stack.placement in NOT_AS_DTENSOR and parallelism.tensor_parallel_degree > 1:
+        if parallelism.spmd_backend != "spmd_types":
+            raise InputError(
+                f"placement {stack.placement!r} reads one stream of several by itself, which PyTorch's DTensor does not "
+                "differentiate: take parallelism.spmd_backend=spmd_types, torchtitan's default."
+            )
 
 
 def shard(config: Any, parallelism: Any) -> None:
