@@ -64,6 +64,9 @@ def train(
         ),
     ] = None,
     imports: Imports = None,
+    print_torchtitan: Annotated[
+        bool, typer.Option("--print-torchtitan", help="Run nothing: print the recipe as torchtitan's configuration.")
+    ] = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Train one model. Run again with the same folder, it goes on from the last checkpoint."""
@@ -75,6 +78,12 @@ def train(
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
+    if print_torchtitan:
+        from spannorm.train.data import prepare_data
+        from spannorm.train.torchtitan_config import torchtitan_config
+
+        typer.echo(torchtitan_config(loaded, prepare_data(loaded.data, data or folder / "data")), nl=False)
+        return
     result = (
         train(loaded, folder, data=data, stop_with_parent=True) if worker else train_and_show(loaded, folder, data=data)
     )

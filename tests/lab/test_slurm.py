@@ -144,7 +144,7 @@ RECIPE_STEPS, EVERY = 400, 50
 
 def command(out: Path, *more: str) -> list[str]:
     words = [sys.executable, "-m", "spannorm", "compare", str(out.parent / "recipe.yaml"), "--out", str(out)]
-    return [*words, "--on", "slurm", "--slurm", "time=1", "--slurm", "cpus_per_task=1", *more]
+    return [*words, "--on", "slurm", "--slurm", "time=30", "--slurm", "cpus_per_task=1", *more]
 
 
 def until(what, seconds: float = 240) -> None:
@@ -157,7 +157,7 @@ def until(what, seconds: float = 240) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_faults_of_a_real_slurm_lose_no_more_than_a_checkpoint(comparison: Recipe, tmp_path: Path) -> None:
-    """A run of 400 steps with a checkpoint every 50, one for each fault: it goes on, and ends as if nothing had been."""
+    """A run of 400 steps with a checkpoint every 50, one for each fault: it goes on and ends as if nothing had been."""
     t = replace(comparison.train, steps=RECIPE_STEPS, checkpoint_every=EVERY, probe_every=RECIPE_STEPS, batch_size=32)
     recipe = replace(comparison, train=t, compare=CompareRecipe(arms=({"model.placement": "span"},)))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(recipe.to_dict()))))

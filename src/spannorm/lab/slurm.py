@@ -45,8 +45,13 @@ class Work:
 
     def __call__(self) -> int:
         with open(self.log, "ab") as log:
+            # Slurm's signal reaches every process of the job: this one alone is to act on it
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "sh", *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
             while (code := self.process.poll()) is None:
                 time.sleep(0.2)

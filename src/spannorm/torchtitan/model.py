@@ -194,12 +194,12 @@ def before_sharding(config: Any, trainer: Any) -> None:
             "tensor parallelism cuts: add --parallelism.spmd_backend full_dtensor, which gathers what a norm needs, or "
             "set parallelism.tensor_parallel_degree=1."
         )
-    if stack.placement in NOT_AS_DTENSOR and parallelism.tensor_parallel_degree > 1:
-        if parallelism.spmd_backend != "spmd_types":
-            raise InputError(
-                f"placement {stack.placement!r} reads one stream of several by itself, which PyTorch's DTensor does not "
-                "differentiate: take parallelism.spmd_backend=spmd_types, torchtitan's default."
-            )
+    as_dtensor = parallelism.tensor_parallel_degree > 1 and parallelism.spmd_backend != "spmd_types"
+    if stack.placement in NOT_AS_DTENSOR and as_dtensor:
+        raise InputError(
+            f"placement {stack.placement!r} reads one stream of several by itself, which PyTorch's DTensor does not "
+            "differentiate: take parallelism.spmd_backend=spmd_types, torchtitan's default."
+        )
 
 
 def shard(config: Any, parallelism: Any) -> None:
