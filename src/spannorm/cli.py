@@ -9,13 +9,17 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spannorm.errors import DiskError, InputError, Interrupted, Stopped
 from spannorm.text import plain
+
+if TYPE_CHECKING:
+    from spannorm.train.recipe import Recipe
 
 app = typer.Typer(
     help="Decide where the norms of a deep Transformer go: train and compare placements on equal terms.",
@@ -44,6 +48,13 @@ PrintCommands = Annotated[
     bool, typer.Option("--print-commands", help="Run nothing: print a command per unfinished job, for a scheduler.")
 ]
 
+On = Annotated[str, typer.Option("--on", metavar="here|slurm", help="Where jobs run: docs/processes.md.")]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option("--slurm", metavar="KEY=VALUE", help="Of each job, such as partition=gpu or time=240. Repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="With --on slurm: print what would be submitted.")]
+
 
 def writable(path: Path | None) -> Path | None:
     """A file to be written after the work, tried before it."""
@@ -64,6 +75,9 @@ def train(
         ),
     ] = None,
     imports: Imports = None,
+    print_torchtitan: Annotated[
+        bool, typer.Option("--print-torchtitan", help="Run nothing: print the recipe as torchtitan's configuration.")
+    ] = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Train one model. Run again with the same folder, it goes on from the last checkpoint."""
@@ -75,6 +89,12 @@ def train(
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
+    if print_torchtitan:
+        from spannorm.train.data import prepare_data
+        from spannorm.train.torchtitan_config import torchtitan_config
+
+        typer.echo(torchtitan_config(loaded, prepare_data(loaded.data, data or folder / "data")), nl=False)
+        return
     result = (
         train(loaded, folder, data=data, stop_with_parent=True) if worker else train_and_show(loaded, folder, data=data)
     )
@@ -91,19 +111,25 @@ def compare(
     imports: Imports = None,
     jobs: Jobs = 0,
     print_commands: PrintCommands = False,
+    on: On = "here",
+    slurm: Slurm = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.compare import commands, compare
+    from spannorm.lab.compare import compare
+    from spannorm.lab.slurm import cluster
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
-    if print_commands:
-        typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
+    if print_commands or dry_run:
+        typer.echo(_to_be_run(loaded, folder, imports or (), on, slurm or (), dry_run), nl=False)
         return
-    results = compare(loaded, folder, imports=imports or (), at_once=jobs)
+    if pool := cluster(on, folder, slurm or ()):
+        folder = folder.absolute()
+    results = compare(loaded, folder, imports=imports or (), at_once=jobs, pool=pool)
     print_results(results, folder)
     if not results["complete"]:
         sys.exit(1)
@@ -118,23 +144,42 @@ def max_lr(
     jobs: Jobs = 0,
     peak: Annotated[float, typer.Option("--peak", help="Where the ramp ends, after train.steps steps.")] = 5e-2,
     print_commands: PrintCommands = False,
+    on: On = "here",
+    slurm: Slurm = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Find the largest learning rate that each arm takes, by ramps; a table, results.json, report.html. Resumes."""
-    from spannorm.lab.compare import commands, compare
+    from spannorm.lab.compare import compare
     from spannorm.lab.max_lr import print_tolerances, ramps
+    from spannorm.lab.slurm import cluster
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = ramps(load_recipe(recipe, overrides or ()), peak)
     folder = out or Path("runs") / loaded.name
-    if print_commands:
-        typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
+    if print_commands or dry_run:
+        typer.echo(_to_be_run(loaded, folder, imports or (), on, slurm or (), dry_run), nl=False)
         return
-    results = compare(loaded, folder, imports=imports or (), at_once=jobs)
+    if pool := cluster(on, folder, slurm or ()):
+        folder = folder.absolute()
+    results = compare(loaded, folder, imports=imports or (), at_once=jobs, pool=pool)
     print_tolerances(results["arms"])
     typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
     if not results["complete"]:
         sys.exit(1)
+
+
+def _to_be_run(recipe: Recipe, out: Path, imports: Sequence[Path], on: str, slurm: Sequence[str], dry_run: bool) -> str:
+    """A command a line for each job that can be run now, or the array that they would be submitted as."""
+    from spannorm.lab.compare import commands
+    from spannorm.lab.slurm import parse_settings, sbatch_text
+
+    if dry_run and on != "slurm":
+        raise InputError("--dry-run is for --on slurm: here, --print-commands prints what would be run.")
+    lines = commands(recipe, out, imports=imports)
+    if not dry_run:
+        return "".join(f"{line}\n" for line in lines)
+    return sbatch_text(out / "slurm", lines, parse_settings(slurm)) + "\n" if lines else "# every job has its result\n"
 
 
 @app.command()

@@ -60,7 +60,8 @@ def assert_equal(config, model, tolerance: float = 1e-6) -> None:
     assert all(torch.equal(drawn[name], theirs[name]) for name in theirs), "the same numbers, drawn by name"
     model.load_state_dict(adapter.from_hf(hugging.state_dict()), strict=False)
     tokens = ids()
-    loss, reference = loss_of(model, tokens), hugging(tokens, labels=tokens).loss
+    # by the logits: the loss of a mixture of ours has its auxiliary losses in it, of which torchtitan has none
+    loss, reference = loss_of(model, tokens), loss_of(lambda t: hugging(t).logits, tokens)
     assert loss.item() == pytest.approx(reference.item(), rel=tolerance)
     loss.backward()
     reference.backward()
@@ -99,7 +100,8 @@ def in_fp32(self, x_RD, num_tokens_per_expert_E):
     return torch.cat([F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2) for x, w1, w2, w3 in each])
 
 
-@pytest.mark.parametrize("placement", ["span", "pre", "hybrid", "siamese"])
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("placement", ["span", "hybrid", "siamese"])
 def test_a_mixture_of_experts_too(placement, monkeypatch):
     monkeypatch.setattr(GroupedExperts, "forward", in_fp32)
     config, model = built("moe", PlacementConfig(name=placement, init_seed=3))

@@ -28,7 +28,7 @@ from spannorm.files import alone_in, make_folder, read_json, write_json, writing
 from spannorm.folders import claim, sweep
 from spannorm.lab.plan import Job, Plan
 from spannorm.lab.report import draw_report
-from spannorm.lab.runner import Runner
+from spannorm.lab.runner import Pool, Runner
 from spannorm.lab.summary import summarize
 from spannorm.lab.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
@@ -44,12 +44,15 @@ _MANY = 100
 COMPARISON, RESULTS = "comparison.json", "results.json"
 
 
-def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once: int = 0) -> dict[str, Any]:
+def compare(
+    recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once: int = 0, pool: Pool | None = None
+) -> dict[str, Any]:
     """Run a comparison, or go on with it, and return what `results.json` holds.
 
     Args:
         imports: Python files that every job runs first, to register placements of the user's own.
         at_once: how many jobs; 0: one per GPU, or as many as the cores carry at `train.threads` each (0: one thread).
+        pool: where jobs run, with `out` on a file system of theirs; None: here.
 
     A finished job is never run twice; an interrupted one goes on from its last checkpoint.
 
@@ -57,7 +60,7 @@ def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once:
         InputError: bad recipe or folder, before any time is spent.
         Stopped: Ctrl-C, after the running jobs have saved.
     """
-    with _opened(recipe, out, imports, at_once) as (runner, about):
+    with _opened(recipe, out, imports, at_once, pool) as (runner, about):
 
         def record(complete: bool) -> dict[str, Any]:
             results = {**about, "complete": complete, **_outcome(recipe, arms := runner.arms()), "arms": arms}
@@ -90,7 +93,7 @@ def commands(recipe: Recipe, out: Path, *, imports: Sequence[Path] = ()) -> list
 
 @contextmanager
 def _opened(
-    recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int
+    recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int, pool: Pool | None = None
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
     claim(out, folders.COMPARISON)
@@ -111,7 +114,7 @@ def _opened(
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         # the first run's: a recipe may leave its sizes to its arms or its grid
         about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
-        yield Runner(out, plan.jobs, data, imports, at_once), about
+        yield Runner(out, plan.jobs, data, imports, at_once, pool), about
 
 
 def _apart(jobs: Sequence[Job]) -> list[Job]:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 import yaml
@@ -31,6 +32,49 @@ from spannorm.train.run import RESULT, RESULT_SHAPE, model_config, run_recipe
 Planner = Callable[[Done], list[Job]]
 
 
+class Started(Protocol):
+    """A job under way, as the runner needs it; a process is one."""
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def wait(self) -> Any: ...
+
+
+class Pool(Protocol):
+    """Where jobs run: this machine's cores or GPUs, or a cluster (spannorm.lab.slurm)."""
+
+    places: list[dict[str, str]]
+    """One for each job that may run at once: what its environment has besides."""
+    farewell: str
+    """What Ctrl-C says, once running jobs have been asked to save or left alone."""
+
+    def batch(self) -> AbstractContextManager[None]: ...
+    def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes], /) -> Started: ...
+
+
+class Here:
+    """This machine, for one Runner."""
+
+    farewell = "stopped, every running job saved"
+
+    def __init__(self, places: list[dict[str, str]]) -> None:
+        self.places = places
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes]) -> Started:
+        # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": _python_path(), **place},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
 class Runner:
     """Runs what a planner asks for, asks again whenever a job has ended, and knows how each stands.
 
@@ -39,10 +83,17 @@ class Runner:
         data: the folder of the tokens of each data section.
         imports: files that every job runs first.
         at_once: jobs at a time; 0 means one per GPU, or as many as the cores carry.
+        pool: where they run; None means here.
     """
 
     def __init__(
-        self, out: Path, plan: Planner, data: Mapping[DataRecipe, Path], imports: Sequence[Path], at_once: int = 0
+        self,
+        out: Path,
+        plan: Planner,
+        data: Mapping[DataRecipe, Path],
+        imports: Sequence[Path],
+        at_once: int = 0,
+        pool: Pool | None = None,
     ) -> None:
         self.out, self.plan, self.data, self.imports = out, plan, data, imports
         self.jobs: list[Job] = []
@@ -50,9 +101,10 @@ class Runner:
         self.results: dict[str, dict[str, Any]] = {}
         self._read: dict[str, int] = {}
         self._configs: dict[str, SpanNormConfig] = {}
-        self._running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str], IO[bytes]]] = {}
+        self._running: dict[str, tuple[Started, dict[str, str], IO[bytes]]] = {}
         self.look()
-        self._free = places(self.jobs[0].recipe.train.threads, at_once)
+        self.pool = pool or Here(places(self.jobs[0].recipe.train.threads, at_once))
+        self._free = list(self.pool.places)
 
     def look(self) -> None:
         """Read what is finished, and plan as far as that allows."""
@@ -78,8 +130,10 @@ class Runner:
         with Board(title, list(self.rows.values())) as board:
             try:
                 while self._running or self._waiting():
-                    while self._free and (waiting := self._waiting()):
-                        self._start(waiting[0])
+                    if self._free and self._waiting():
+                        with self.pool.batch():
+                            while self._free and (waiting := self._waiting()):
+                                self._start(waiting[0])
                     time.sleep(0.25)
                     ended = [job for job in self.jobs if job.name in self._running and self._follow(job)]
                     if ended:
@@ -89,7 +143,7 @@ class Runner:
                     board.refresh()
             except (KeyboardInterrupt, Interrupted) as stop:
                 self._stop()
-                raise Stopped("stopped, every running job saved", getattr(stop, "exit_code", 130)) from None
+                raise Stopped(self.pool.farewell, getattr(stop, "exit_code", 130)) from None
             finally:
                 board.refresh()
 
@@ -119,15 +173,7 @@ class Runner:
         # not through a symbolic link; closed when the job has ended
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         log = open(os.open(self.folder(job) / "log.txt", flags, 0o666), "ab")  # noqa: SIM115
-        # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": _python_path(), **place},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        process = self.pool.start(command, self.folder(job), place, log)
         self._running[job.name] = process, place, log
         self.rows[job.name].status = "running"
 

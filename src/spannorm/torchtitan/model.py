@@ -21,6 +21,7 @@ from spannorm.torchtitan.block import PlacedBlock, PlacementConfig, end_norm, no
 from spannorm.torchtitan.draws import ROLES, Heads, give_draws, plan_draws
 from spannorm.torchtitan.sublayers import attention, copied, feed_forward
 
+NOT_AS_DTENSOR = ("mixed_input",)
 Factors = tuple[float, float, float]
 
 
@@ -192,6 +193,12 @@ def before_sharding(config: Any, trainer: Any) -> None:
             f"placement {stack.placement!r} norms {', '.join(wide)} over the whole width inside a sublayer, which "
             "tensor parallelism cuts: add --parallelism.spmd_backend full_dtensor, which gathers what a norm needs, or "
             "set parallelism.tensor_parallel_degree=1."
+        )
+    as_dtensor = parallelism.tensor_parallel_degree > 1 and parallelism.spmd_backend != "spmd_types"
+    if stack.placement in NOT_AS_DTENSOR and as_dtensor:
+        raise InputError(
+            f"placement {stack.placement!r} reads one stream of several by itself, which PyTorch's DTensor does not "
+            "differentiate: take parallelism.spmd_backend=spmd_types, torchtitan's default."
         )
 
 

@@ -1,0 +1,84 @@
+"""torchtitan's data loader over a folder that `spannorm data` wrote, in the order of a run of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.loss import IGNORE_INDEX
+
+from spannorm.errors import InputError
+
+
+class Sequences(IterableDataset[Any]):
+    """This process's share of the sequences, epoch after epoch, each in another order that (seed, epoch) fixes.
+
+    A batch of all processes holds consecutive sequences of the one order, so that a step sees what a step of ours sees.
+    The last position of a sequence predicts nothing, as in our model.
+    """
+
+    def __init__(self, folder: Path, length: int, seed: int, batch: int, rank: int, count: int) -> None:
+        try:
+            about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"no tokens in {folder}: make them with `spannorm data RECIPE --out {folder}`.") from None
+        self.tokens = np.memmap(folder / "train.bin", dtype=about["dtype"], mode="r")
+        self.length, self.seed, self.batch, self.rank, self.count = length, seed, batch, rank, count
+        self.windows = len(self.tokens) // length
+        self.seen = 0  # sequences of this process
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        order, of = np.empty(0, np.int64), -1
+        while True:
+            batches, within = divmod(self.seen, self.batch)
+            item = (batches * self.count + self.rank) * self.batch + within
+            epoch, place = divmod(item, self.windows)
+            if epoch != of:
+                draw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.windows)
+                order, of = np.argsort(draw, kind="stable"), epoch
+            start = int(order[place]) * self.length
+            ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+            self.seen += 1
+            positions = torch.arange(self.length)
+            yield {"input": ids, "positions": positions}, torch.cat([ids[1:], ids.new_full((1,), IGNORE_INDEX)])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+class TokenDataLoader(ParallelAwareDataloader):
+    """Tokens of ours for torchtitan; resumes where a checkpoint says."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ParallelAwareDataloader.Config):
+        seed: int = 0
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: Any,
+        seq_len: int,
+        local_batch_size: int,
+        snapshot_every_n_steps: int | None = None,
+        **_: Any,
+    ) -> None:
+        if not config.dataset_path:
+            raise InputError("TokenDataLoader needs `dataset_path`: a folder of `spannorm data`.")
+        sequences = Sequences(
+            Path(config.dataset_path), seq_len, config.seed, local_batch_size, dp_rank, dp_world_size
+        )  # fmt: skip
+        more = {} if snapshot_every_n_steps is None else {"snapshot_every_n_steps": snapshot_every_n_steps}
+        super().__init__(sequences, dp_rank, dp_world_size, batch_size=local_batch_size, **more)
