@@ -29,6 +29,7 @@ from spannorm.lab.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import tasks_of
+from spannorm.train.needs import Needs
 from spannorm.train.recipe import DataRecipe, Recipe
 from spannorm.train.run import differences, model_config
 
@@ -56,7 +57,7 @@ def compare(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once:
             return results
 
         try:
-            runner.run(recipe.name, on_finish=lambda: record(False))
+            runner.run(f"{recipe.name}: {Needs(**about['needs'])} each at most", on_finish=lambda: record(False))
         finally:
             results = record(runner.complete())
             draw_report(out)
@@ -91,6 +92,7 @@ def _opened(
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         # the first run's: a recipe may leave its sizes to its arms or its grid
         about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
+        about["needs"] = asdict(plan.largest) if plan.largest else None
         yield Runner(out, plan.jobs, data, imports, at_once), about
 
 

@@ -17,12 +17,16 @@ from typing import Any
 
 from spannorm.errors import InputError, shown, unknown
 from spannorm.lab.summary import arms_named
+from spannorm.models import SpanNormConfig
+from spannorm.train.needs import Needs, check_fits
 from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
 RATE, SEED = "train.learning_rate", "train.seed"
 MOST_RUNS = 100_000
 _LONGEST_FOLDER = 120
+_OF_A_RUN = {"seed", "learning_rate"}
+"""What does not change how large a model is."""
 IDENTITY = ("model.placement", "model.depth_rule")
 """Keys that make another arm, even in the grid; the grid's other keys make another condition."""
 
@@ -70,8 +74,10 @@ class Plan:
         self.recipe, self.protocol = recipe, recipe.compare.protocol
         self._raw = json.dumps(run_recipe(recipe))
         self._made: dict[str, Job] = {}
-        self._resolved: dict[str, tuple[str, str, str]] = {}
+        self._resolved: dict[str, tuple[SpanNormConfig, str]] = {}
         self._runs: dict[str, Job] = {}
+        self.largest: Needs | None = None
+        """What the largest run will need."""
         grid = {key: values for key, values in recipe.compare.grid.items() if key not in (RATE, SEED)}
         self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
@@ -163,7 +169,8 @@ class Plan:
             for name, value in overrides.items():
                 set_key(raw, name, value)
             recipe = recipe_from_dict(raw)
-            placement, rule, resolved = self._resolve(recipe)
+            config, resolved = self._resolve(recipe)
+            placement, rule = config.placement, str(config.depth_rule)
             t, resolved_run = recipe.train, run_recipe(recipe)
             text = json.dumps(resolved_run, sort_keys=True)
             resolved_run["model"] = [resolved, recipe.model.get("init_seed", t.seed)]
@@ -177,14 +184,16 @@ class Plan:
             self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]
 
-    def _resolve(self, recipe: Recipe) -> tuple[str, str, str]:
-        """Placement, depth rule and all else that a recipe's model comes to, but for the seed of its weights."""
-        key = json.dumps([recipe.model, recipe.train.sequence_length])
+    def _resolve(self, recipe: Recipe) -> tuple[SpanNormConfig, str]:
+        """What a recipe's model comes to, and all of it but for the seed of its weights as text."""
+        run = run_recipe(recipe)
+        key = json.dumps([run["model"], run["data"], {k: v for k, v in run["train"].items() if k not in _OF_A_RUN}])
         if key not in self._resolved:
             config = model_config(recipe)
+            needed = check_fits(recipe, config)
+            self.largest = max(self.largest or needed, needed, key=lambda n: n.memory)
             rest = {k: v for k, v in config.to_dict().items() if k != "init_seed"}
-            text = json.dumps(rest, sort_keys=True, default=str)
-            self._resolved[key] = config.placement, str(config.depth_rule), text
+            self._resolved[key] = config, json.dumps(rest, sort_keys=True, default=str)
         return self._resolved[key]
 
     def _short(self, key: str) -> str:
