@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spannorm.errors import DiskError, InputError, Interrupted, Stopped
+from spannorm.errors import DiskError, InputError, Interrupted, Stopped, shown
 from spannorm.text import plain
+from spannorm.values import Limits, checked
 
 if TYPE_CHECKING:
     from spannorm.train.recipe import Recipe
@@ -41,7 +42,8 @@ Imports = Annotated[
 ]
 
 Jobs = Annotated[
-    int, typer.Option("--jobs", metavar="N", min=0, help="Runs at once; default one per GPU, or per core on a CPU.")
+    int,
+    typer.Option("--jobs", metavar="N", min=0, max=1024, help="Runs at once; default one per GPU, or per CPU core."),
 ]
 
 PrintCommands = Annotated[
@@ -204,9 +206,11 @@ def evaluate(
         Path | None, typer.Option("--out", metavar="DIR", help="Where the results go; default DIR/eval.")
     ] = None,
     questions: Annotated[
-        int, typer.Option("--questions", metavar="N", min=0, help="Of each task at most; 0 takes all.")
+        int, typer.Option("--questions", metavar="N", min=0, max=1 << 20, help="Of each task at most; 0 takes all.")
     ] = 500,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, max=1 << 20, help="Sequences at once.")
+    ] = 16,
 ) -> None:
     """Evaluate a saved model through lm-eval: on questions made from held-out text, or on any of lm-eval's tasks."""
     from rich.text import Text
@@ -395,7 +399,7 @@ def depth_check(
     depth_rules: DepthRules = "none,1/sqrt(L)",
     depths: Depths = "8,32,128",
     steps: Annotated[str, typer.Option("--steps", metavar="STEPS", help=f"When to measure. {Comma}")] = "0,20",
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Models per stack.")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, max=1000, help="Models per stack.")] = 1,
     json_file: JsonFile = None,
     plot: PlotFile = None,
     overrides: Overrides = None,
@@ -424,9 +428,10 @@ def listed(text: str) -> list[str]:
 
 def numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in listed(text)]
+        found = [int(part) for part in listed(text)]
     except ValueError:
-        raise InputError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from None
+        raise InputError(f"{option} takes whole numbers, comma-separated; got {shown(text)}.") from None
+    return [checked(int, number, option, Limits(least=0, most=10**8)) for number in found]
 
 
 def run_files(paths: list[Path] | None) -> None:
@@ -450,6 +455,14 @@ def _stopping_on_signals() -> dict[int, Any]:
     return {number: signal.signal(number, stop) for number in wanted} if here else {}
 
 
+def _empty(words: list[str]) -> str | None:
+    """What stands before an argument without a character in it, or the option itself (`--out=`)."""
+    for before, word in zip(["spannorm", *words], words, strict=False):
+        if not word.strip() or re.fullmatch(r"--[\w-]+=\s*", word):
+            return word if word.strip() else before if before.startswith("--") else f"the argument after {before}"
+    return None
+
+
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 or 75 stopped and saved (`Stopped`)."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot with a backslash
@@ -460,6 +473,8 @@ def main() -> None:
         gc.disable()
     before = _stopping_on_signals()
     try:
+        if (empty := _empty(sys.argv[1:])) is not None:  # an empty path would be the current folder
+            raise InputError(f"{empty} is empty: give it a value, or leave it out.")
         app()
     except InputError as error:
         from spannorm.train.processes import is_first

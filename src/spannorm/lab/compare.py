@@ -34,6 +34,7 @@ from spannorm.lab.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import tasks_of
+from spannorm.train.needs import Needs
 from spannorm.train.recipe import DataRecipe, Recipe
 from spannorm.train.run import differences, model_config, run_recipe
 
@@ -68,7 +69,7 @@ def compare(
             return results
 
         try:
-            runner.run(recipe.name, on_finish=lambda: record(False))
+            runner.run(f"{recipe.name}: {Needs(**about['needs'])} each at most", on_finish=lambda: record(False))
         except Stopped:
             record(runner.complete())
             try:
@@ -114,6 +115,7 @@ def _opened(
         write_json(out / COMPARISON, {"recipe": recipe.to_dict()})
         # the first run's: a recipe may leave its sizes to its arms or its grid
         about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
+        about["needs"] = asdict(plan.largest) if plan.largest else None
         yield Runner(out, plan.jobs, data, imports, at_once, pool), about
 
 

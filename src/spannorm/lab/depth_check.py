@@ -25,6 +25,7 @@ from spannorm.models import SpanNormForCausalLM
 from spannorm.probes import Record, block_skip_costs, gradient_paths, measure
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments
+from spannorm.train.needs import check_fits
 from spannorm.train.recipe import TrainRecipe
 from spannorm.train.run import model_config, quiet
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
@@ -114,7 +115,7 @@ def depth_check(
     unpredicted: dict[str, str] = {}
     profiles: list[dict[str, Any]] = []
     for case in chosen:
-        model_config(case.recipe)
+        check_fits(case.recipe, model_config(case.recipe))
     quiet()
     tokens = prepare_data(chosen[0].recipe.data, data)
     batch = _batch(tokens, chosen[0].recipe.train)

@@ -40,6 +40,7 @@ from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.engine import Engine, arguments, passes, uses_bf16
 from spannorm.train.evaluation import evaluate_run, tasks_of
+from spannorm.train.needs import check_fits
 from spannorm.train.processes import count, join, noticing_loss, on_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RampEnd, Recorder, exit_code
@@ -105,9 +106,10 @@ def train(
         InputError: bad recipe, data or folder.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
-    model_config(recipe)
+    config = model_config(recipe)
     join()
     passes(recipe.train, count())
+    check_fits(recipe, config, count())
     with ExitStack() as held:
         # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
         begun, result = on_first(lambda: _enter(held, recipe, out, wait=60.0 if stop_with_parent else 0.0))

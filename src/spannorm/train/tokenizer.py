@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from spannorm.errors import InputError
 from spannorm.train.recipe import DataRecipe
 
+BYTES_VOCABULARY = 257
 END_OF_DOCUMENT = "<|endoftext|>"
 """The end-of-document token of the `bytes` and `bpe` tokenizers; their last id."""
 
@@ -130,7 +131,7 @@ def _byte_ids() -> dict[str, int]:
 
 def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether it is `bytes`: the id of a token is the value of its byte."""
-    return len(tokenizer) == 257 and tokenizer.get_vocab() == _byte_ids() | {END_OF_DOCUMENT: 256}
+    return len(tokenizer) == BYTES_VOCABULARY and tokenizer.get_vocab() == _byte_ids() | {END_OF_DOCUMENT: 256}
 
 
 def _train_bpe(vocab_size: int, documents: Iterator[str]) -> PreTrainedTokenizerFast:

@@ -8,7 +8,8 @@ from typing import Any
 from spannorm.console import say
 from spannorm.files import read_jsonl
 from spannorm.train.display import Board, Row
-from spannorm.train.processes import is_first
+from spannorm.train.needs import check_fits
+from spannorm.train.processes import count, is_first
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import RECORD, RECORDS
 from spannorm.train.run import model_config, train
@@ -18,8 +19,9 @@ def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> di
     """`train`, watched in the terminal. Arguments, result and errors are those of `train`."""
     if not is_first():
         return train(recipe, out, data=data)
-    row = Row.of(recipe, model_config(recipe))
-    with Board(f"{recipe.name} → {out}", [row]) as board:
+    config = model_config(recipe)
+    row, needed = Row.of(recipe, config), check_fits(recipe, config, count())
+    with Board(f"{recipe.name} → {out}: {needed}", [row]) as board:
 
         def on_step(record: dict[str, Any]) -> None:
             if row.status != "running":
