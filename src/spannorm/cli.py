@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,23 +118,48 @@ def compare(
     dry_run: DryRun = False,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.compare import compare
-    from spannorm.lab.slurm import cluster
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
-    folder = out or Path("runs") / loaded.name
-    if print_commands or dry_run:
-        typer.echo(_to_be_run(loaded, folder, imports or (), on, slurm or (), dry_run), nl=False)
+    if loaded.ladder.sizes:
+        raise InputError("this recipe has a ladder: run it with `spannorm ladder`.")
+    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, print_results)
+
+
+@app.command()
+def ladder(
+    recipe: RecipeFile,
+    out: Out = None,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    jobs: Jobs = 0,
+    print_commands: PrintCommands = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Run nothing: print rungs, runs, operations and hours.")] = False,
+    on: On = "here",
+    slurm: Slurm = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train each arm at several sizes: what it saves in compute, with intervals; the largest is predicted first."""
+    from spannorm.lab.ladder.outcome import lines
+    from spannorm.lab.ladder.run import forecast
+    from spannorm.train.recipe import load_recipe
+
+    run_files(imports)
+    loaded = load_recipe(recipe, overrides or ())
+    if not loaded.ladder.sizes:
+        raise InputError("this recipe has no ladder.sizes: run it with `spannorm compare`, or see docs/ladder.md.")
+    if plan:
+        typer.echo("\n".join(forecast(loaded).lines))
         return
-    if pool := cluster(on, folder, slurm or ()):
-        folder = folder.absolute()
-    results = compare(loaded, folder, imports=imports or (), at_once=jobs, pool=pool)
-    print_results(results, folder)
-    if not results["complete"]:
-        sys.exit(1)
+
+    def show(results: dict[str, Any], folder: Path) -> None:
+        for line in lines(results["ladder"]) if "ladder" in results else ():
+            typer.echo(line)
+        typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
+
+    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show)
 
 
 @app.command(name="max-lr")
@@ -151,22 +176,42 @@ def max_lr(
     dry_run: DryRun = False,
 ) -> None:
     """Find the largest learning rate that each arm takes, by ramps; a table, results.json, report.html. Resumes."""
-    from spannorm.lab.compare import compare
     from spannorm.lab.max_lr import print_tolerances, ramps
-    from spannorm.lab.slurm import cluster
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = ramps(load_recipe(recipe, overrides or ()), peak)
-    folder = out or Path("runs") / loaded.name
+
+    def show(results: dict[str, Any], folder: Path) -> None:
+        print_tolerances(results["arms"])
+        typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
+
+    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show)
+
+
+def _compared(
+    recipe: Recipe,
+    out: Path | None,
+    imports: Sequence[Path],
+    jobs: int,
+    print_commands: bool,
+    on: str,
+    slurm: Sequence[str],
+    dry_run: bool,
+    show: Callable[[dict[str, Any], Path], object],
+) -> None:
+    """Run a comparison, or print what would be run."""
+    from spannorm.lab.compare import compare
+    from spannorm.lab.slurm import cluster
+
+    folder = out or Path("runs") / recipe.name
     if print_commands or dry_run:
-        typer.echo(_to_be_run(loaded, folder, imports or (), on, slurm or (), dry_run), nl=False)
+        typer.echo(_to_be_run(recipe, folder, imports, on, slurm, dry_run), nl=False)
         return
-    if pool := cluster(on, folder, slurm or ()):
+    if pool := cluster(on, folder, slurm):
         folder = folder.absolute()
-    results = compare(loaded, folder, imports=imports or (), at_once=jobs, pool=pool)
-    print_tolerances(results["arms"])
-    typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
+    results = compare(recipe, folder, imports=imports, at_once=jobs, pool=pool)
+    show(results, folder)
     if not results["complete"]:
         sys.exit(1)
 

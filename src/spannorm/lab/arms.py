@@ -160,7 +160,7 @@ _RESULTS = {
     "name?": str,
     "recipe?": {"model?": dict, "train?": {"steps?": int, "learning_rate?": float},
                 "compare?": {"protocol?": _PROTOCOL}},
-    "versions?": dict, "machine?": dict, "data?": dict,
+    "versions?": dict, "machine?": dict, "data?": dict, "ladder?": dict,
 }  # fmt: skip
 """What a report needs of `results.json`; see `spannorm.files.checked`."""
 _MOST_STEPS = 10**12
@@ -220,7 +220,7 @@ def read_results(path: Path) -> dict[str, Any]:
         arm["tables"], arm["stage"] = arm.get("tables") or [""], arm.get("stage") or ""
         if arm["stage"] or arm["tolerated"]:
             arm["arm"] = arm.get("arm") or f"{arm['placement']} {arm['depth_rule']}"
-    sections = ("recipe", "versions", "machine", "data")
+    sections = ("recipe", "versions", "machine", "data", "ladder")
     return {"name": str(results.get("name") or plain(path.parent.name)), "arms": arms} | {
         key: results.get(key) or {} for key in sections
     }

@@ -26,6 +26,8 @@ from spannorm.console import PlainConsole, say
 from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
 from spannorm.folders import claim, sweep
+from spannorm.lab.ladder.plan import LadderPlan
+from spannorm.lab.ladder.run import ladder_outcome, sealed
 from spannorm.lab.plan import Job, Plan
 from spannorm.lab.report import draw_report
 from spannorm.lab.runner import Pool, Runner
@@ -64,7 +66,8 @@ def compare(
     with _opened(recipe, out, imports, at_once, pool) as (runner, about):
 
         def record(complete: bool) -> dict[str, Any]:
-            results = {**about, "complete": complete, **_outcome(recipe, arms := runner.arms()), "arms": arms}
+            arms = runner.arms()
+            results = {**about, "complete": complete, **_outcome(recipe, runner, out, arms, complete), "arms": arms}
             write_json(out / RESULTS, results)
             return results
 
@@ -101,7 +104,7 @@ def _opened(
     least = len(recipe.compare.arms) * math.prod(map(len, recipe.compare.grid.values()))
     if least > _MANY:
         say(PlainConsole(stderr=True), f"planning {least:,} runs")
-    plan = Plan(recipe)
+    plan = LadderPlan(recipe) if recipe.ladder.sizes else Plan(recipe)
     make_folder(out)
     with alone_in(out), writing_to(out):
         sweep(out)
@@ -116,7 +119,8 @@ def _opened(
         # the first run's: a recipe may leave its sizes to its arms or its grid
         about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
         about["needs"] = asdict(plan.largest) if plan.largest else None
-        yield Runner(out, plan.jobs, data, imports, at_once, pool), about
+        planner = plan.jobs if isinstance(plan, Plan) else sealed(plan, out)
+        yield Runner(out, planner, data, imports, at_once, pool), about
 
 
 def _apart(jobs: Sequence[Job]) -> list[Job]:
@@ -150,8 +154,10 @@ def _check_same_comparison(recipe: Recipe, out: Path) -> None:
             )
 
 
-def _outcome(recipe: Recipe, arms: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows come to: under a protocol each race, of ramps each arm's tolerance."""
+def _outcome(recipe: Recipe, runner: Runner, out: Path, arms: list[dict[str, Any]], complete: bool) -> dict[str, Any]:
+    """What the rows come to: of a ladder its curves, under a protocol each race, of ramps each arm's tolerance."""
+    if recipe.ladder.sizes:
+        return {"ladder": ladder_outcome(recipe, runner.results, out)} if complete else {}
     protocol = recipe.compare.protocol
     if protocol.seeds:
         return {"summary": [asdict(race) for race in summarize(arms, protocol.pairs)]}

@@ -24,9 +24,10 @@ from spannorm.files import write_bytes, write_text, writing_to
 from spannorm.folders import own_folder
 from spannorm.lab.ablation import Ablation, ablation
 from spannorm.lab.answers import Answers, answers
-from spannorm.lab.arms import Arm, Job, group_jobs, looks, read_results, values_of
+from spannorm.lab.arms import Arm, Job, Look, group_jobs, looks, read_results, values_of
 from spannorm.lab.conditions import draw_conditions, draw_tolerances
 from spannorm.lab.figures import MAX_ARMS, Drawing, draw, draw_rates
+from spannorm.lab.ladder.figure import draw_ladder
 from spannorm.lab.layers import draw_layers, draw_ramps
 from spannorm.lab.panels import STYLE
 from spannorm.lab.routing import draw_routing
@@ -98,7 +99,7 @@ def draw_report(directory: Path) -> Path:
             drawings = draw_ramps(arms, unigram) if ramps else draw_rates(arms)
             drawings += _details(arms, unigram, bool(ramps)) if detailed else []
             sections.append(_section(name, arms, [] if ramps else rows, folder.save(drawings, name)))
-        across = []
+        across = folder.save(_ladder(results, look), "")
         for table, races in by_table.items():
             mine = [t for t in ramps if t.table == table]
             drawn = draw_tolerances(mine, look, _peak(results, mine)) if mine else draw_conditions(races)
@@ -124,6 +125,14 @@ def draw_report(directory: Path) -> Path:
     return page_file
 
 
+def _ladder(results: Mapping[str, Any], look: Mapping[tuple[str, str], Look]) -> list[Drawing]:
+    """The figures of a ladder, where the comparison was one."""
+    try:
+        return draw_ladder(results["ladder"], look)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        raise InputError("results.json: `ladder` is not as it was written: run `spannorm ladder` again.") from None
+
+
 def _peak(results: Mapping[str, Any], found: Sequence[Tolerance]) -> float:
     """Where the ramps ended; as far as they came, where the recipe does not say."""
     peak = (results["recipe"].get("train") or {}).get("learning_rate")
@@ -146,6 +155,8 @@ def _environment() -> Environment:
 def _verdict(results: Mapping[str, Any], ramps: Sequence[Tolerance]) -> list[str]:
     if ramps:
         return tolerance_lines(ramps)
+    if results["ladder"]:
+        return [str(line) for line in results["ladder"].get("words") or ()]
     protocol = (results["recipe"].get("compare") or {}).get("protocol") or {}
     return verdict_lines(summarize(results["arms"], protocol.get("pairs") or [])) if protocol.get("seeds") else []
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from spannorm.errors import InputError
 from spannorm.lab.ladder.sizes import Rung, rungs
 from spannorm.lab.plan import RATE, SEED, Done, Entrant, Job, Plan
+from spannorm.train.needs import Needs
 from spannorm.train.recipe import Recipe
 
 RATE_STAGE, CHECK, RUNG, HELD_OUT = "rate", "check", "rung", "held out"
@@ -56,6 +57,16 @@ class LadderPlan:
         self.entrants: list[list[Entrant]] = list(self.plan.races.values())
         """By rung, in the order of the arms."""
         self.seeds = recipe.compare.protocol.seeds or (recipe.train.seed,)
+
+    @property
+    def arms(self) -> list[str]:
+        """Full names, in the order of the recipe."""
+        return [self.plan._job(e, self.plan.rates[0], self.plan.seeds[0]).arm for e in self.entrants[0]]
+
+    @property
+    def largest(self) -> Needs | None:
+        """What the largest run that was planned will need."""
+        return self.plan.largest
 
     @property
     def sizes(self) -> int:

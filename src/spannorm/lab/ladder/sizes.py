@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spannorm.errors import InputError
+from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe
 
 
@@ -55,14 +56,6 @@ class Rung:
             "model.intermediate_size": self.ffn, "model.num_attention_heads": self.heads,
             "train.batch_size": self.batch, "train.steps": self.steps, "train.warmup_steps": self.warmup,
         }  # fmt: skip
-
-
-def short(number: float) -> str:
-    """`123 K`, `1.2 M`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
 
 
 def ffn_size(width: int) -> int:
