@@ -80,15 +80,21 @@ def compare(
     imports: Imports = None,
     jobs: Jobs = 0,
     print_commands: PrintCommands = False,
+    cost_only: Annotated[bool, typer.Option("--cost", help="Run nothing: print what the runs come to.")] = False,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
     from spannorm.lab.compare import commands, compare
+    from spannorm.lab.cost import cost, in_words, is_large
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / loaded.name
+    if cost_only or (is_large(loaded) and not print_commands):
+        typer.echo(in_words(cost(loaded)))
+    if cost_only:
+        return
     if print_commands:
         typer.echo("".join(f"{command}\n" for command in commands(loaded, folder, imports=imports or ())), nl=False)
         return
