@@ -119,6 +119,23 @@ def stream() -> Tensor:
     return torch.randn(2, 3, WIDTH, dtype=F64)
 
 
+def test_deepnorm_under_a_forward_factor_is_minimax_one_norm_later(family):
+    """Its layer is `n = N(x)`, `m = N'(αn + βA(n))`, `x' = αm + βF(m)`: DeepNorm, once its first norm is counted to the
+    block before, which it ends. Then the embedding is normed once, and the model's final norm ends the last block."""
+    alpha, beta = (2 * DEPTH) ** 0.25, DEPTH**-0.5
+    factors = {f"{site}_{name}_factor": value for site in ("full_attn", "mlp") for name, value in
+               (("alpha", alpha), ("beta", beta))}  # fmt: skip
+    config = config_of("MiniMaxConfig", layer_types=["full_attention"] * DEPTH, rms_norm_eps=EPS, **factors)
+    layer, after = (randomized(family("minimax").MiniMaxDecoderLayer(config, b)) for b in (1, 2))
+    layer.input_layernorm, layer.self_attn, layer.mlp = nn.Identity(), attention(), ffn()
+    ours = Stack("deepnorm", DEPTH, "1/sqrt(L):forward", {}, "rmsnorm", EPS).block(1, WIDTH).double()
+    pairs = {
+        "attn_norm.weight": layer.post_attention_layernorm.weight,
+        "ffn_norm.weight": after.input_layernorm.weight,
+    }
+    same(ours, lambda x: after.input_layernorm(layer(x)), (layer.self_attn, layer.mlp), stream(), pairs)
+
+
 def test_parallel_is_cohere(family):
     layer = family("cohere").CohereDecoderLayer(config_of("CohereConfig", layer_norm_eps=EPS), 1)
     layer = randomized(layer)

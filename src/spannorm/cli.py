@@ -113,11 +113,13 @@ def compare(
     imports: Imports = None,
     jobs: Jobs = 0,
     print_commands: PrintCommands = False,
+    cost_only: Annotated[bool, typer.Option("--cost", help="Run nothing: print what the runs come to.")] = False,
     on: On = "here",
     slurm: Slurm = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
+    from spannorm.lab.cost import cost, in_words, is_large
     from spannorm.lab.table import print_results
     from spannorm.train.recipe import load_recipe
 
@@ -125,7 +127,10 @@ def compare(
     loaded = load_recipe(recipe, overrides or ())
     if loaded.ladder.sizes:
         raise InputError("this recipe has a ladder: run it with `spannorm ladder`.")
-    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, print_results)
+    if cost_only or (is_large(loaded) and not print_commands):
+        typer.echo(in_words(cost(loaded)))
+    if not cost_only:
+        _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, print_results)
 
 
 @app.command()

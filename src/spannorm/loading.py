@@ -37,7 +37,9 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             return rewiring.load(path, **kwargs)
         name = (saved.get("architectures") or [models.SpanNormForCausalLM.__name__])[0]
         if name not in models.__all__:
-            raise InputError(f"{path} holds a {name!r}, a class of somebody's own: load it with {name}.from_pretrained.")
+            raise InputError(
+                f"{path} holds a {name!r}, a class of somebody's own: load it with {name}.from_pretrained."
+            )
         kind = getattr(models, name)
         told = kwargs.pop("output_loading_info", False)
         model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)

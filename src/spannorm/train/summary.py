@@ -38,6 +38,19 @@ def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenDa
     }
 
 
+def body_parameters(model: SpanNormForCausalLM) -> int:
+    """Parameters without embedding and head."""
+    return sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+
+
+def flops_per_token(model: SpanNormForCausalLM, sequence_length: int) -> int:
+    """Operations of a training step per token: six a parameter that a token meets, and attention's products over the
+    whole sequence. What a placement does to its streams beside its own matrices is not in it."""
+    c, head = model.config, model.lm_head.weight.numel()
+    attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sequence_length
+    return 6 * (body_parameters(model) - model.idle_parameters() + head) + attention
+
+
 def summarize(
     recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
 ) -> dict[str, Any]:
@@ -58,8 +71,7 @@ def summarize(
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
     probes = read_jsonl(out / PROBES, PROBE)
     routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
-    head, idle = model.lm_head.weight.numel(), model.idle_parameters()
-    body = sum(p.numel() for p in model.model.parameters()) - model.model.embed_tokens.weight.numel()
+    idle, body = model.idle_parameters(), body_parameters(model)
     return {
         "placement": config.placement,
         "depth_rule": config.depth_rule,
@@ -82,8 +94,7 @@ def summarize(
         "parameters": model.num_parameters(),
         "active_parameters": model.num_parameters() - idle,
         "body_parameters": body,
-        "flops_per_token": 6 * (body - idle + head)
-        + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * t.sequence_length,
+        "flops_per_token": flops_per_token(model, t.sequence_length),
         "depth": config.num_hidden_layers,
         "steps": t.steps,
         "steps_done": len(records),
