@@ -86,10 +86,12 @@ def check_writable(path: Path) -> Path:
         raise InputError(f"{path} is no file that can be written: give the name of a file.")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for {path.name}: make it first, or give another.")
-    with writing_to(path.parent):
-        trial = _new(path)
+    trial = _new(path)
+    try:
         trial.write_bytes(b"")
         trial.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {_TROUBLE.get(error.errno or 0, error.strerror)}.") from None
     return path
 
 

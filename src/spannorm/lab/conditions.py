@@ -23,7 +23,7 @@ Cell = Mapping[str, Any]
 
 def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing]:
     """Loss and best learning rate against each number that the conditions differ in, all else equal."""
-    drawings = []
+    drawings: list[Drawing | None] = []
     for key in _axes([cell for cell, _ in races]):
         groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
         others = _others([cell for cell, _ in races], key)
@@ -31,7 +31,7 @@ def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing
             groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
         several = [(rest, of) for rest, of in groups.items() if len(of) > 1]
         drawings += [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(several)]
-    return drawings
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _axes(cells: Sequence[Cell]) -> list[str]:
@@ -67,12 +67,14 @@ def _others(cells: Sequence[Cell], key: str) -> list[str]:
     return [k for k in names if any(len({json.dumps(c.get(k)) for c in of}) > 1 for of in by_x.values())]
 
 
-def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], number: int) -> Drawing:
+def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], number: int) -> Drawing | None:
+    if not any(run.status in ("ok", "failed") for _, arms in races for arm in arms for run in arm.runs):
+        return None
     races = sorted(races, key=lambda race: race[0][key])
     arms = list({arm.label: replace(arm, runs=[]) for _, arms in races for arm in arms}.values())[:MAX_ARMS]
     fig, axes, label = panels(2, arms)
     known = [cell[key] for cell, _ in races]
-    losses, end = [], {}
+    losses, end, drawn = [], {}, list[Any]()
     for arm in arms:
         points, lost, rates = [], [], []
         for cell, of in races:
@@ -94,6 +96,8 @@ def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], 
         for x in lost:
             axes[0].plot(x, 0.985, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False,
                          transform=axes[0].get_xaxis_transform())  # fmt: skip
+        rates = [(x, rate, edge) for x, rate, edge in rates if rate and rate > 0]
+        drawn += rates
         axes[1].plot(*_columns([(x, rate) for x, rate, _ in rates]), linewidth=1.4, label=arm.label, **arm.look.line)
         for x, rate, edge in rates:
             axes[1].plot(x, rate, "o", color=arm.look.color, markersize=4.5, markerfacecolor="white" if edge else None)
@@ -107,8 +111,10 @@ def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], 
         _scale(ax, known)
         ax.set_xlabel(what, parse_math=False)
     axes[0].set(title="loss at its best learning rate", ylabel="loss (nats per token)")
-    axes[1].set(title="best learning rate", yscale="log")
-    plain_log(axes[1].yaxis)
+    axes[1].set(title="best learning rate")
+    if drawn:
+        axes[1].set_yscale("log")
+        plain_log(axes[1].yaxis)
     label(axes[1], end)
     caption = (
         f"Each arm at its own best learning rate against {what}{f' ({condition(rest)})' if rest else ''}. Left: mean "
