@@ -32,7 +32,7 @@ class Limits:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         for broken, rule in (
-            (not math.isfinite(value), "be a finite number"),
+            (isinstance(value, float) and not math.isfinite(value), "be a finite number"),
             (value < self.least == 0, "not be negative"),
             (value < self.least, f"be at least {self.least}"),
             (value <= self.above, f"be above {self.above}"),

@@ -13,6 +13,7 @@ _LONGEST = 1 << 20  # characters
 _MOST_VALUES = 100_000
 """With every alias counted as often as it stands there."""
 _LARGEST = 1 << 63
+_DEEPEST = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,6 +28,16 @@ class _Loader(yaml.SafeLoader):
         for tag, how in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or str(tag).rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
     }
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise InputError("it is nested too deeply.")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -78,10 +89,8 @@ def read_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not readable as YAML: {' '.join(str(error).split())[:400]}") from None
-    except RecursionError:
-        raise InputError(f"{where} is not readable as YAML: it is nested too deeply.") from None
-    except (ValueError, OverflowError) as error:  # such as `!!int x`
-        raise InputError(f"{where} is not readable as YAML: {str(error)[:200]}.") from None
+    except Exception as error:  # PyYAML's constructors raise nearly every kind for tags such as `!!int`
+        raise InputError(f"{where} is not readable as YAML: {type(error).__name__}, {str(error)[:200]}.") from None
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
