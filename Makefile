@@ -3,7 +3,7 @@
 # make check  lint, types, tests: what CI runs
 # make test-gpu  what only a GPU shows, where there is one
 # make test-hf  Transformers' own tests on our models: a table and runs/hf/results.json
-# make families  audits every causal-LM family of Transformers: docs/families.md, 2 minutes
+# make families  audits every causal-LM family of Transformers: docs/families.md, minutes
 # make bench  ours and its rivals in turns: a table and runs/bench.json
 PYTHON ?= python3
 VENV := .venv
@@ -56,7 +56,7 @@ docs: install
 	$(BIN)/python -m spannorm.train.packages > docs/corpus.md
 
 families: install
-	$(BIN)/python -m spannorm.auditing.families > docs/families.md
+	$(BIN)/python -m spannorm.rewiring.survey > docs/families.md
 
 bench: install
 	mkdir -p runs

@@ -46,7 +46,7 @@ MAY_IMPORT = {
 MUST_NOT_IMPORT = {
     "models": ("rewiring", "auditing", "evaluate", "train", "lab", "publishing", "cli"),
     "rewiring": ("models", "evaluate", "train", "lab", "publishing", "cli"),
-    "auditing": ("models", "evaluate", "train", "lab", "publishing", "cli"),
+    "auditing": ("models", "rewiring", "evaluate", "train", "lab", "publishing", "cli"),
     "evaluate": ("models", "rewiring", "auditing", "train", "lab", "publishing", "cli"),
     "train": ("lab", "publishing", "cli"),
     "lab": ("publishing", "cli"),

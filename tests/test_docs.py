@@ -58,8 +58,8 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
 
 
 def test_the_page_on_probes_runs_as_printed() -> None:
-    (code,) = blocks((DOCS / "probes.md").read_text(encoding="utf-8"), "python")
-    exec(code, {})
+    for code in blocks((DOCS / "probes.md").read_text(encoding="utf-8"), "python"):
+        exec(code, {})
 
 
 def test_the_list_of_placements_names_them_all_and_writes_json(tmp_path: Path) -> None:

@@ -133,10 +133,13 @@ ROWS_OF = {"olmo2": "olmo2", "gemma2": "peri"}
 # What it refuses
 
 
-def test_an_unknown_family_is_refused_with_the_list_and_a_way_to_add_a_row():
-    model = AutoModelForCausalLM.from_config(tiny_config_of("opt", ffn_dim=48, word_embed_proj_dim=32))
-    with pytest.raises(InputError, match=r"no row for the family 'opt'. Supported: llama, qwen2(?s:.*)FAMILIES\[\"opt"):
+def test_an_unknown_family_that_an_audit_cannot_read_is_refused_with_the_reason_and_a_way_to_add_a_row():
+    config = AutoConfig.for_model("mamba", vocab_size=37, hidden_size=32, num_hidden_layers=3, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(InputError, match=r"'mamba' has no row(?s:.*)one sublayer a block(?s:.*)FAMILIES\['mamba'\] = "):
         spannorm.rewire(model, "span")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and len(before) == 32
 
 
 def test_a_row_of_ones_own_makes_a_family_known(monkeypatch: pytest.MonkeyPatch):

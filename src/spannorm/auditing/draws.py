@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.auditing.behaviour import Norms, strip
+from spannorm.auditing.branches import Branch
 from spannorm.auditing.ends import Ends
-from spannorm.auditing.equation import WEIGHTED, Branch, parameters_of
+from spannorm.auditing.equation import WEIGHTED, parameters_of
 from spannorm.auditing.trace import Trace
 
 OUTPUTS = {"A": "attention-out", "M": "mixer-out", "F": "FFN-down"}

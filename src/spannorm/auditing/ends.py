@@ -66,7 +66,20 @@ def _entry(x: Node, norms: Norms) -> tuple[float, str | None, tuple[str, ...]]:
             stack += [(d, factor * (value if n.op == "mul" else 1 / value)) for d in data[:1]]
         else:
             stack += [(p, factor) for p in n.parents if p.data]
+            tables |= dict.fromkeys(t for p in n.parents if not p.data for t in _positions(p))
     return (factors[-1] if factors else 1.0), found, tuple(t for t in tables if t)
+
+
+def _positions(node: Node) -> list[str]:
+    """Tables whose rows are added whatever the input is: positions, types."""
+    found, stack = [], [node]
+    while stack:
+        n = stack.pop()
+        if n.op == "embedding" and isinstance(n.args[0], Node):
+            found.append(n.args[0].name)
+        elif n.op != "parameter":
+            stack += n.parents
+    return found
 
 
 def _one(a: object) -> float | None:

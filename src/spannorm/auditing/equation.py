@@ -6,10 +6,10 @@ data) and an atom: a stream, a norm of an expression, a branch that reads expres
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from spannorm.auditing.behaviour import SAME, Norm, Norms, strip
+from spannorm.auditing.behaviour import SAME, Norms, strip
 from spannorm.auditing.stacks import Block
 from spannorm.auditing.trace import Node
 
@@ -34,26 +34,8 @@ class Term:
         return Term(number * self.number, vectors + self.vectors, gates + self.gates, self.atom)
 
 
-@dataclass(eq=False, repr=False)
-class Branch:
-    """What a sublayer hands on, and what it read."""
-
-    module: str
-    """Its path in the block."""
-    node: Node
-    reads: list[Node]
-    """States and norms of states."""
-    outside: list[Node]
-    """What it reads that was there before the block."""
-    inner: list[Norm]
-    """Norms inside."""
-    ops: set[str]
-    weights: list[Node] = field(default_factory=list)
-    """Parameters on the way from what it reads to what it hands on, the last one first."""
-
-
-class Reading:
-    """The expressions of one block.
+class Sums:
+    """What stands in one block as a sum, and which of its tensors are states.
 
     Args:
         block: streams in, streams out.
@@ -69,7 +51,6 @@ class Reading:
             self.streams.setdefault(strip(n).index, k)
         self._terms: dict[int, list[Term]] = {}
         self._state: dict[int, bool] = {}
-        self._branches: dict[int, Branch] = {}
         self._own: dict[int, bool] = {}
         self.ones: set[int] = set()
         """Products with a constant that is 1: a multiplier at its default."""
@@ -286,114 +267,6 @@ class Reading:
                 continue
             self.visited[n.index] = n
             stack += [t.atom for t in step if t.atom is not None]
-
-    # branches ---------------------------------------------------------------------------------------------------------
-
-    def branch(self, node: Node) -> Branch:
-        """What a branch's output was worked out from."""
-        if node.index not in self._branches:
-            self._branches[node.index] = self._search(node)
-        return self._branches[node.index]
-
-    def _search(self, node: Node) -> Branch:
-        found = Branch(self._module_of(node), node, [], [], [], set())
-        stack, seen = [node], {node.index}
-        while stack:
-            stack.sort(key=lambda n: n.index)
-            n = stack.pop()
-            if n is not node and self._stops(n, found):
-                continue
-            found.ops.add(n.op)
-            norm = self.norms.at(n)
-            if norm is not None and n is not node:
-                found.inner.append(norm)
-            for p in n.parents:
-                if p.op == "parameter":
-                    found.weights.append(p)
-                if p.index not in seen:
-                    seen.add(p.index)
-                    if p.data:
-                        stack.append(p)
-                    elif p.op != "parameter":
-                        found.weights += [q for q in parameters_of(p) if q not in found.weights]
-        return found
-
-    def _stops(self, n: Node, found: Branch) -> bool:
-        """At what a branch reads; notes it."""
-        if n.op == "parameter":
-            return True
-        bare = strip(n)
-        if self._part_of_stream(n) is not None:
-            _once(found.reads, bare)
-            return True
-        if n.index in self.streams or bare.index in self.streams:
-            _once(found.reads, self.block.streams[self.streams.get(n.index, self.streams.get(bare.index, 0))])
-            return True
-        if n.index < self.block.start:
-            if (
-                n.value.is_floating_point()
-                and n.value.ndim > 2
-                and n.shape[-1] == self.width
-                and bare.op != "parameter"
-            ):
-                _once(found.outside, bare)
-            return True
-        norm = self.norms.at(n)
-        if norm is not None and self.is_state(n):
-            _once(found.reads, n)
-            return True
-        if n.op in SAME or n.value.numel() * 8 < self.size:
-            return False
-        if n.op in ("mul", "div") and self._child(n) != found.module.partition(".")[0] and self._scaled_state(n):
-            _once(found.reads, n)
-            return True
-        if (n.index in self.visited and n.op in ADDS | {"mul"} and self.is_state(n)) or self._residual(n):
-            _once(found.reads, n)
-            return True
-        return False
-
-    def _scaled_state(self, n: Node) -> bool:
-        """Whether a node is a state times a number."""
-        step = self._step(n)
-        return bool(step) and step[0].number != 1.0 and step[0].atom is not None and self.is_state(step[0].atom)  # type: ignore[index]
-
-    def _residual(self, n: Node) -> bool:
-        """Whether a node is a skip plus a branch with weights: a state although it never leaves the block."""
-        if n.op not in ADDS or n.value.numel() != self.size or not self._is_sum_of_states(n):
-            return False
-        return any(t.atom is not None and not self.is_state(t.atom) and self._weighted(t.atom) for t in self.terms(n))
-
-    def _weighted(self, node: Node) -> bool:
-        stack, seen = [node], set[int]()
-        while stack:
-            n = stack.pop()
-            if n.op in WEIGHTED:
-                return True
-            if n.index in seen or n.index < self.block.start or n.index in self.streams or len(seen) > 400:
-                continue
-            seen.add(n.index)
-            norm = self.norms.at(n)
-            if norm is not None and self.is_state(n):
-                continue
-            stack += [p for p in n.parents if p.data]
-        return False
-
-    def _module_of(self, node: Node) -> str:
-        """The part of the block, a child module, that an output was made in."""
-        prefix = f"{self.block.path}."
-        stack, steps = [node], 0
-        while stack and steps < 50:
-            n = stack.pop(0)
-            steps += 1
-            if n.module.startswith(prefix):
-                return n.module[len(prefix) :]
-            stack += [p for p in n.parents if p.data and p.index >= self.block.start]
-        return ""
-
-
-def _once(found: list[Node], node: Node) -> None:
-    if all(node is not f for f in found):
-        found.append(node)
 
 
 def parameters_of(node: Node) -> list[Node]:

@@ -22,7 +22,8 @@ from spannorm.auditing.targets import Target, made_up_inputs, of_model
 from spannorm.auditing.theory import Outlook, outlook
 from spannorm.auditing.trace import run
 from spannorm.auditing.verdict import Sentence, verdict
-from spannorm.auditing.wiring import BlockWiring, Writer, read_block, types_of
+from spannorm.auditing.wiring import BlockWiring, read_block, types_of
+from spannorm.auditing.writing import Writer
 from spannorm.errors import InputError
 
 DEPTHS = (4, 8, 16)

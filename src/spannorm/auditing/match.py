@@ -24,6 +24,7 @@ from spannorm.placements import PLACEMENTS, Stack
 _OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "span": ({}, {"initial_norm": "none"}, {"initial_norm": "embedding"}),
     "peri": ({}, {"embedding_norm": True}),
+    "parallel": ({}, {"norms": 2}),
 }
 _WIDTH = 16
 _COUNT = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -38,6 +39,8 @@ class Match:
     nearest: str
     differs: tuple[str, ...]
     """In what it differs from the nearest one; empty where it equals it."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Options of the nearest one."""
 
 
 class _Attention(nn.Module):
@@ -90,11 +93,11 @@ def _read(
     )
 
 
-def norm_roles(name: str, depth: int) -> list[str]:
+def norm_roles(name: str, depth: int, options: Mapping[str, Any] | None = None) -> list[str]:
     """The names of a placement's norms, in the order in which its equation names them."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        model = _Plain(Stack(name, depth, "none"))
+        model = _Plain(Stack(name, depth, "none", dict(options or {})))
         trace = run(model, (torch.arange(10).reshape(2, 5),))
     block = find_stacks(model, trace)[0].blocks[-1]
     return [n.rpartition(".")[2] for n in read_block(block, Norms(), types_of(model))[0].norms]
@@ -124,6 +127,8 @@ def match(blocks: Sequence[BlockWiring], ends: Ends, depth: int) -> Match:
             if bool(ends.final_norm) != final_norm:
                 differs.append("a final norm" if ends.final_norm else "no final norm")
             missing = _missing_inner(kind, blocks)
+            if name == "parallel" and len(blocks[-1].norms) != options.get("norms", 1):
+                continue
             near = sum(
                 difflib.SequenceMatcher(None, _skeleton(a), _skeleton(b)).ratio()
                 for a, b in zip(found, ours, strict=False)
@@ -132,14 +137,18 @@ def match(blocks: Sequence[BlockWiring], ends: Ends, depth: int) -> Match:
             extra = [f"no norm at {m} inside its sublayers" for m in missing]
             asked = sum(len(kind.inner_norms) for _ in (0,)) if not missing else 0
             score = (wrong, float(len(differs) + len(extra)), -near, -float(asked))
-            scored.append((score, Match(None if differs or extra else name, name, (*differs, *extra))))
+            scored.append(
+                (score, Match(None if differs or extra else name, name, (*differs, *extra), tuple(options.items())))
+            )
     return min(scored, key=lambda s: s[0])[1]
 
 
 def _plain_letters(text: str) -> str:
-    """Every sublayer is an S: a placement does not know what its sublayers are. Those that read the same are one."""
-    text = re.sub(r"\b[AMF]\(", "S(", text)
-    return re.sub(r"(S\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))(?: \+ S\(\2\))+", r"\1", text)
+    """Every sublayer is an S: a placement does not know what its sublayers are. Mixers that read the same are one, and
+    so are feed-forwards."""
+    text = re.sub(r"\bM\(", "A(", text)
+    text = re.sub(r"(([AF])\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))(?: \+ \2\(\3\))+", r"\1", text)
+    return re.sub(r"\b[AF]\(", "S(", text)
 
 
 def _unlike(a: str, b: str) -> float:

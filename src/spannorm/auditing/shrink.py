@@ -126,6 +126,8 @@ def _consistent(small: dict[str, Any], raw: Mapping[str, Any], depth: int) -> di
         types = (types * depth)[:depth]
         small |= {"n_input_layers": 1, "n_recurrent_layers": depth - 2, "n_output_layers": 1, "layer_types": types,
                   "num_hidden_layers": depth}  # fmt: skip
+    if "decoder_layers" in raw and raw.get("encoder_layers") == raw["decoder_layers"]:
+        small["encoder_layers"] = depth  # caches of decoders alone are made as long as the encoder
     if "loop_layer_index_end" in small:
         small |= {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": depth - 1}
     if "hybrid_layer_ids" in small:

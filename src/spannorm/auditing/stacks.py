@@ -62,11 +62,11 @@ def find_stacks(model: nn.Module, trace: Trace) -> list[Stack]:
 
 def _has_skip(stack: Stack) -> bool:
     """Whether a block adds something to what it is given: a row of plain layers is no stack of blocks."""
-    from spannorm.auditing.equation import Reading
+    from spannorm.auditing.equation import Sums
 
     block = stack.blocks[len(stack.blocks) // 2]
-    reading = Reading(block, Norms())
-    return any(reading.is_state(strip(node)) for node in block.leaving.values())
+    sums = Sums(block, Norms())
+    return any(sums.is_state(strip(node)) for node in block.leaving.values())
 
 
 def _inside_another(stack: Stack, others: list[Stack]) -> bool:

@@ -40,14 +40,12 @@ def build_small(config: Any, depth: int, seed: int = 0) -> tuple[nn.Module, Mapp
     Raises:
         InputError: Transformers cannot build it; the message has its words.
     """
-    import transformers
-
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
             small, changed = shrink(config, depth)
-            model = _class_for(small, transformers)(small).float()
+            model = class_for(small)(small).float()
         except Exception as error:  # whatever a stranger's code raises
             raise InputError(
                 f"{type(config).__name__} cannot be built small: {_words(error)}. Give a smaller configuration of your "
@@ -60,8 +58,10 @@ def _words(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _class_for(config: Any, transformers: Any) -> Callable[[Any], nn.Module]:
-    """The class that a configuration names, or the first automatic one that takes it."""
+def class_for(config: Any) -> Callable[[Any], nn.Module]:
+    """The class that a configuration names, or the first automatic one that takes it; as a function that builds it."""
+    import transformers
+
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             kind = getattr(transformers, name)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from spannorm import theory
 from spannorm.auditing.draws import Row, initializer_range
 from spannorm.auditing.ends import Ends
 from spannorm.auditing.match import Match
 from spannorm.auditing.shrink import WIDTH, depth_of
 from spannorm.auditing.wiring import BlockWiring
 from spannorm.errors import InputError
+from spannorm.theory import Body, NoRule, Prediction, advised_rule, predict, verdict
 
 RULES = {"1/√(2L)": "1/sqrt(2L)", "1/√L": "1/sqrt(L)", "1/L": "1/L", "√10/L": "wang"}
 
@@ -45,6 +45,8 @@ def outlook(
         match.nearest if all(d == "the embedding is normalized" for d in match.differs) else None
     )
     depth = depth_of(config) if config is not None else None
+    if not ends.embeddings:  # of images: how large what enters is, the draw of a table does not say
+        return None
     if placement is None or depth is None or not any(s.letter == "A" for b in blocks for s in b.sublayers):
         return None
     rule, base = _rule(init), _base(init, config)
@@ -53,14 +55,17 @@ def outlook(
     try:
         gated = any("gate" in r.name for r in init if r.role == "FFN-in")
         qk_norm = any("q" in s.inner_norms for b in blocks for s in b.sublayers if s.letter == "A")
-        body = theory.Body(**_sizes(config, ends, gated), qk_norm=qk_norm, **base)
-        found = theory.predict(placement, depth, depth_rule=rule, body=body)
-        said = theory.verdict(found, body)
-        advised = theory.advised_rule(placement, depth, body) if said.kind != "keeps" else None
-    except (InputError, theory.NoRule, ValueError, ZeroDivisionError):
+        body = Body(**_sizes(config, ends, gated), qk_norm=qk_norm, **base)
+        if ends.embedding_norm is not None:  # whatever it is drawn with, what enters has the size 1
+            size = math.sqrt(float(body.embedding()[0].max()))
+            body = replace(body, embedding_multiplier=body.embedding_multiplier / size)
+        found = predict(placement, depth, depth_rule=rule, body=body)
+        said = verdict(found, body)
+        advised = advised_rule(placement, depth, body) if said.kind != "keeps" else None
+    except (InputError, NoRule, ValueError, ZeroDivisionError):
         return None
     last = found.variance["output"][-1] if "output" in found.variance else math.nan
-    first = body.embedding()[0].max() if ends.embedding_norm is None else 1.0
+    first = body.embedding()[0].max()
     growth = math.sqrt(last / float(first)) if last > 0 and float(first) > 0 else None
     return Outlook(
         placement, rule, depth, base["base_init"], math.exp(found.log_total_gain), _first_block(found), growth,
@@ -68,7 +73,7 @@ def outlook(
     )  # fmt: skip
 
 
-def _first_block(found: theory.Prediction) -> float:
+def _first_block(found: Prediction) -> float:
     gradient = found.log_gradient
     return math.exp(gradient[0] - gradient[1]) if len(gradient) > 1 and found.blocks[:2] == (0, 1) else 1.0
 

@@ -1,7 +1,8 @@
 """Measuring a model made of placements: signal, gradient and collapse by layer. PyTorch only.
 
 `Probe` watches any forward and backward pass; `measure` makes one. The other functions change one thing and measure
-what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`, `depth_use`. What each number is: docs/probes.md.
+what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`, `depth_use`. `Watch` measures an optimizer step of
+any model of blocks. What each number is: docs/probes.md.
 """
 
 from spannorm.probes.depth import DepthUse, depth_use
@@ -14,8 +15,9 @@ from spannorm.probes.experiments import (
 from spannorm.probes.paths import GradientPaths, gradient_paths
 from spannorm.probes.probe import Probe
 from spannorm.probes.record import Record
+from spannorm.probes.watch import Watch
 
 __all__ = [
-    "DepthUse", "GradientPaths", "Probe", "Record", "UpdateSizes", "block_skip_costs", "depth_use", "gradient_paths",
-    "measure", "update_sizes",
+    "DepthUse", "GradientPaths", "Probe", "Record", "UpdateSizes", "Watch", "block_skip_costs", "depth_use",
+    "gradient_paths", "measure", "update_sizes",
 ]  # fmt: skip

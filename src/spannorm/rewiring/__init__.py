@@ -2,7 +2,8 @@
 
 from spannorm.rewiring.families import FAMILIES, Family
 from spannorm.rewiring.loading import RewiredAuto, load
-from spannorm.rewiring.rewire import Rewiring, rewire
+from spannorm.rewiring.report import Rewiring
+from spannorm.rewiring.rewire import rewire
 from spannorm.rewiring.weights import redraw_
 from spannorm.roles import Fused
 

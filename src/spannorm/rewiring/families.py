@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spannorm.errors import InputError
+from torch import nn
+
+from spannorm.auditing.steps import Source, Step
 from spannorm.roles import GATE_UP, Fused, Roles
 
 
@@ -50,6 +52,39 @@ class Family:
     """The output matrices that the family itself already draws at 1/√(2L)."""
     unsupported: Mapping[str, str] = field(default_factory=dict)
     """Configuration flags that must be off → why."""
+    found: bool = False
+    """Whether an audit found this row, and nobody wrote it. What follows is said by audits alone."""
+    off: float = 0.0
+    """How far a small model rewired to its own wiring is from what it was, of the largest logit: 0 is to the bit."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `placement`."""
+    steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
+    """`attn` and `ffn` → what runs in turn, with which arguments; empty for one module, called as above."""
+    returns: Sequence[Source] | None = None
+    """What a layer returns after the stream; None where it returns a tensor."""
+    unread: Sequence[str] = ()
+    """Arguments of a layer that nothing was seen to read, and that must be None."""
+    classes: Sequence[tuple[str, str]] = ()
+    """Paths and class names by which a layer of this kind is known."""
+    unsplit: Sequence[str] = ()
+    """Matrices that make q, k and v in an order that is not known; their role is `q`."""
+    others: Sequence[Any] = ()
+    """Rows of the layers of other kinds."""
+
+    def __post_init__(self) -> None:
+        rows = tuple(o if isinstance(o, Family) else Family(**o) for o in self.others)
+        object.__setattr__(self, "others", rows)
+
+    def of(self, layer: nn.Module) -> Family | None:
+        """The row of a layer's own kind, or None."""
+        modules = dict(layer.named_modules()) if self.found else {}
+
+        def fits(row: Family) -> bool:
+            return all(type(modules.get(path)).__name__ == name for path, name in row.classes)
+
+        # of two that fit, the one that says more
+        rows = [row for row in (self, *self.others) if fits(row)]
+        return max(rows, key=lambda row: len(row.classes), default=None)
 
 
 def _heads(config: Any) -> int:
@@ -185,20 +220,3 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """Configuration's `model_type` → row. A row of your own goes in here."""
-
-
-def family_of(model_type: str) -> Family:
-    """The row of a family.
-
-    Raises:
-        InputError: there is none.
-    """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    raise InputError(
-        f"no row for the family {model_type!r}. Supported: {', '.join(FAMILIES)}. To add it, say how its layers differ "
-        "from Llama's:\n"
-        "    from spannorm.rewiring import FAMILIES, Family\n"
-        f'    FAMILIES["{model_type}"] = Family(norms={{"attn_norm": "ln_1", "ffn_norm": "ln_2"}}, final_norm="ln_f")\n'
-        'and hold it to rewire(model, "pre", depth_rule="none"), which must leave the logits as they are.'
-    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
+from spannorm.errors import InputError
 from spannorm.norms import Norm, scaled_add
 from spannorm.placements import Placement
 from spannorm.rewiring.families import Family
@@ -36,19 +37,31 @@ class RewiredLayer:
     """What the family's layer calls its arguments after the hidden states; GPT-2 passes some by position."""
     embedding_norm: nn.Module | None
     """In the first layer, where the placement normalizes the embedding."""
+    last_norm: nn.Module | None
+    """In the last layer, where the placement has a final norm and the family none."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self.argument_names, args, strict=False))
+        row, seen = self.family, {}  # type: ignore[var-annotated]
+        for name in row.unread:
+            if kwargs.get(name) is not None:
+                raise InputError(f"the audit that rewired this model saw nothing read {name!r}: it must be None.")
 
         def attn(x: Stream) -> Stream:
-            return self._branch("attn", getattr(self, self.family.attention)(x, **kwargs))
+            return self._branch("attn", row.attention, x, kwargs, seen)
 
         def ffn(x: Stream) -> Stream:
-            return self._branch("ffn", getattr(self, self.family.ffn)(x))
+            return self._branch("ffn", row.ffn, x, {} if not row.steps else kwargs, seen)
 
         if self.embedding_norm is not None:
             hidden_states = self.embedding_norm(hidden_states)
-        return self.placement(hidden_states, attn, ffn)
+        x = self.placement(hidden_states, attn, ffn)
+        if self.last_norm is not None:
+            x = self.last_norm(x)
+        if row.returns is None:
+            return x
+        return x, *(kwargs.get(w) if kind == "argument" else w if kind == "value" else seen[w][i]
+                    for kind, w, i in row.returns)  # fmt: skip
 
     def read(self, x: State) -> Stream:
         """What attention reads before its norm, of what comes into the layer."""
@@ -56,8 +69,16 @@ class RewiredLayer:
             x = self.embedding_norm(x)
         return self.placement.read(self.placement.enter(x) if self.placement.is_first else x)
 
-    def _branch(self, name: str, output: Any) -> Stream:
-        f = output[0] if isinstance(output, tuple) else output
+    def _branch(self, name: str, path: str, x: Stream, kwargs: dict[str, Any], seen: dict[str, Any]) -> Stream:
+        steps = self.family.steps.get(name, ())
+        if steps:
+            f = x
+            for step in steps:
+                f = step(self, f, x, kwargs, self.argument_names, seen)
+            f = f.reshape(x.shape)
+        else:
+            output = getattr(self, path)(x, **kwargs)
+            f = output[0] if isinstance(output, tuple) else output
         if name in self.family.dropouts:
             f = getattr(self, self.family.dropouts[name])(f)
         return f if self.family.multiplier is None else f * getattr(self, self.family.multiplier)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -13,8 +15,10 @@ from spannorm.adopt import adopt, adopted_class
 from spannorm.errors import InputError
 from spannorm.inner_norms import READ_BY
 from spannorm.named_code import check_configuration
+from spannorm.rewiring.change import change
 from spannorm.rewiring.configuration import MODEL_TYPE, RewiredConfig
-from spannorm.rewiring.families import Family, family_of
+from spannorm.rewiring.families import FAMILIES, Family
+from spannorm.rewiring.found import family_of, plain_config
 from spannorm.rewiring.layers import RewiredBody
 from spannorm.rewiring.rewire import rewire
 from spannorm.roles import Fused
@@ -25,6 +29,9 @@ AUTO = ("auto_map", "transformers_weights")
 FOR_THE_MODEL = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
 """What a configuration has too, but `from_pretrained` sees to."""
 
+_ROW: ContextVar[Family] = ContextVar("row")
+"""Of the model that is being loaded: an audit cannot run inside `from_pretrained`, where weights have no values."""
+
 
 class BornRewired:
     """A model class whose instances rewire themselves before their weights are loaded."""
@@ -32,7 +39,7 @@ class BornRewired:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         how = config.rewiring
-        rewire(self, how["placement"], depth_rule=how["depth_rule"], init=False, **how["options"])  # type: ignore[arg-type]
+        change(self, _ROW.get(), how["placement"], how["depth_rule"], False, options=how["options"])  # type: ignore[arg-type]
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -59,10 +66,15 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         raise InputError(f"the `config` given for {path} does not say how the model was rewired: change its own.")
     _plain(config)
     override(config, kwargs)
-    kwargs["key_mapping"] = renamed = {**_renamed(family_of(saved["family"])), **(kwargs.get("key_mapping") or {})}
-    model, info = adopted_class(cls, BornRewired).from_pretrained(
-        path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
-    )
+    row = _row(cls, config)
+    kwargs["key_mapping"] = renamed = {**_renamed(row), **(kwargs.get("key_mapping") or {})}
+    token = _ROW.set(row)
+    try:
+        model, info = adopted_class(cls, BornRewired).from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    finally:
+        _ROW.reset(token)
     # save_pretrained would give old names back
     used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
     model._weight_conversions = [c for c in used if c.source_patterns[0] not in renamed]
@@ -77,7 +89,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 def _class_of(architectures: list[str] | None, who: str) -> Any:
     name = (architectures or ["none"])[0]
-    cls = getattr(transformers, name, None)
+    cls = _class_named(name)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise InputError(f"{who} a {name!r}, which this version of Transformers does not have.")
     return cls
@@ -93,6 +105,22 @@ def _plain(config: Any) -> None:
     """Take off what leads Transformers to `RewiredAuto`: from here on the family's class loads the weights."""
     for name in AUTO:
         config.__dict__.pop(name, None)
+
+
+def _row(cls: Any, config: Any) -> Family:
+    """The row of a configuration's family; of one that the table does not have, by way of a model without weights."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    with torch.device("meta"):
+        return family_of(cls(plain_config(config)))
+
+
+def _class_named(name: str) -> Any:
+    """A model class of Transformers, or one that somebody registered for its Auto classes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    registered = {cls.__name__: cls for cls in MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.values()}
+    return getattr(transformers, name, None) or registered.get(name)
 
 
 def config_of(saved: dict[str, Any]) -> Any:
@@ -144,7 +172,7 @@ class RewiredAuto:
 def _renamed(family: Family) -> dict[str, str]:
     """Where inner norms stood in 0.1, inside their projections, and where they stand: beside them."""
     names = {}
-    for path, kind in family.matrices.items():
+    for path, kind in family.matrices.items() if not family.found else ():
         owner = path.rpartition(".")[0]
         for role in kind.roles if isinstance(kind, Fused) else (kind,):
             if role in READ_BY:

@@ -61,14 +61,14 @@ def sites(layer: nn.Module, row: Family, role: str) -> Iterator[tuple[str, Fused
 def rewire_layer(layer: Any, row: Family, block: Placement) -> None:
     """Make a layer call the placement, which by then holds all its norms."""
     layer.argument_names = list(signature(type(layer).forward).parameters)[2:]
-    layer.family, layer.embedding_norm = row, None
+    layer.family, layer.embedding_norm, layer.last_norm = row, None, None
     layer.placement = block
     adopt(layer, RewiredLayer)
 
 
 def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -> set[str]:
     """Fill the placement's norms with the layer's own by role and the rest with fresh ones; returns the former."""
-    own = {role: getattr(layer, path) for role, path in row.norms.items()}
+    own = {role: find(layer, path) for role, path in row.norms.items()}
     moved = {role for role in block.norms() if own.get(role) is not None}
     weight = next(layer.parameters())
     block.to(weight.device, weight.dtype)  # before the norms come in: the family's may be fp32 in a model of bf16
@@ -77,7 +77,8 @@ def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -
         adopt(norm, FamilyNorm)
         block.add_module(role, norm)
     for path in row.norms.values():
-        delattr(layer, path)
+        owner, _, name = path.rpartition(".")
+        delattr(layer.get_submodule(owner), name)
     return moved
 
 

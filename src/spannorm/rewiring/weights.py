@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +17,16 @@ from spannorm.scaling import Role
 
 def parameter_roles(model: Any, family: Family) -> dict[str, Role | Fused]:
     """What `spannorm.init` has to know of the model besides Llama's names."""
-    roles: dict[str, Role | Fused] = {**family.matrices, **dict.fromkeys(family.embedding, "embedding")}
+    roles: dict[str, Role | Fused] = {}
+    for row in (*family.others, family):
+        roles |= row.matrices
+    if family.found:  # of many experts the audit saw a few
+        by_pattern = {re.sub(r"\.\d+(?=\.|$)", ".*", tail): what for tail, what in roles.items()}
+        for name, _ in model.base_model.get_submodule(family.layers).named_parameters():
+            path = name.partition(".")[2].removesuffix(".weight")
+            what = by_pattern.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
+            roles |= {} if what is None else {path: what}
+    roles |= dict.fromkeys(family.embedding, "embedding")
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         roles[next(name for name, module in model.named_modules() if module is head)] = "head"
@@ -48,18 +59,29 @@ def redraw_(model: Any, seed: int = 0) -> list[str]:
     """
     model.tie_weights()
     plan = init_plan(model)
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
+    for name, module in model.named_modules():
+        own = any(f"{name}.{n}".lstrip(".") not in plan for n, _ in module.named_parameters(recurse=False))
+        if own or any(True for _ in module.buffers(recurse=False)):
             model._init_weights(module)
     init_weights_(model, plan, seed=seed, prefix=f"{model.base_model_prefix}.")
     return list(plan)
 
 
-def set_unit_gain(model: nn.Module, unit_gain: float) -> None:
-    """Say beside each norm what its weight is when its gain is 1."""
+def set_unit_gain(model: nn.Module, family: Family, classes: Collection[str]) -> None:
+    """Say beside each norm what its weight is when its gain is 1.
+
+    Args:
+        classes: names of the classes of the norms in a layer's equation; norms of other classes may count otherwise.
+    """
     for module in model.modules():
-        if type(module).__name__.endswith("Norm"):
-            module.unit_gain = unit_gain  # type: ignore[assignment]
+        name = type(module).__name__
+        if name in classes if family.found else name.endswith("Norm"):
+            module.unit_gain = family.unit_gain  # type: ignore[assignment]
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether its weights have no values yet."""
+    return next(model.parameters()).is_meta
 
 
 def tied(model: Any) -> bool:

@@ -1,0 +1,158 @@
+"""Watching a training run: per block, the size of activations, of gradients and of updates. For any model of blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from spannorm.errors import InputError
+from spannorm.probes.blocks import find_placements
+from spannorm.probes.statistics import apart, exact, power
+
+
+class Watch(AbstractContextManager["Watch"]):
+    """Measures one optimizer step, of any number of micro-batches, and leaves it bit-identical.
+
+        watch = Watch(model, optimizer)
+        with watch:
+            for batch in micro_batches:
+                (model(**batch).loss / len(micro_batches)).backward()
+            optimizer.step()
+        wandb.log(watch.numbers(), step=step)
+
+    Gradients are those that the optimizer is given: summed over micro-batches, and clipped if you clip. Inside `with`
+    a copy of all parameters is kept while the optimizer steps. Where the parameters are sharded every rank must watch.
+
+    Args:
+        model: any module with a list of blocks; not compiled, since compiled code runs no hooks.
+        optimizer: the one that steps.
+        blocks: path of the list of blocks, such as `model.layers`; None means the blocks that hold a `placement`, or
+            else the list of modules with the most parameters.
+
+    Raises:
+        InputError: no list of blocks was found.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, blocks: str | None = None) -> None:
+        self.blocks = find_blocks(model, blocks)
+        self.model = model
+        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        self._groups = {name: _group(name, self.blocks) for name, _ in model.named_parameters()}
+        self._numbers: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._powers: dict[str, list[Tensor]] = defaultdict(list)
+        self._numbers = {}
+        self._before: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
+        for b, path in enumerate(self.blocks):
+            block = self.model.get_submodule(path)
+            self._hooks.callback(block.register_forward_hook(self._leaving(f"block_{b:03d}")).remove)
+        self._hooks.callback(self.optimizer.register_step_pre_hook(self._stepping).remove)
+        self._hooks.callback(self.optimizer.register_step_post_hook(self._stepped).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        for name, powers in self._powers.items():
+            self._numbers[name] = torch.stack([p.float() for p in powers]).mean().sqrt()
+
+    def _leaving(self, block: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            x = out[0] if isinstance(out, (tuple, list)) else out
+            if not isinstance(x, Tensor):
+                return
+            if torch._C._current_graph_task_id() == -1:  # not what activation checkpointing runs again
+                with apart(x):
+                    self._powers[f"activation_rms/{block}"].append(power(x))
+            if torch.is_grad_enabled() and x.requires_grad:
+                x.register_hook(lambda gradient: self._arrives(block, gradient))
+
+        return hook
+
+    def _arrives(self, block: str, gradient: Tensor) -> None:
+        with apart(gradient):
+            self._powers[f"activation_gradient_rms/{block}"].append(power(gradient))
+
+    @torch.no_grad()
+    def _stepping(self, *_: Any) -> None:
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                sums[self._groups[name]].append(_square(p.grad))
+                self._before[name] = p.detach().clone()
+        for group, squares in sums.items():
+            self._numbers[f"gradient_norm/{group}"] = torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def _stepped(self, *_: Any) -> None:
+        moved: dict[str, list[Tensor]] = defaultdict(list)
+        there: dict[str, list[Tensor]] = defaultdict(list)
+        count: dict[str, int] = defaultdict(int)
+        for name, p in self.model.named_parameters():
+            old = self._before.pop(name, None)
+            if old is not None:
+                group = self._groups[name]
+                moved[group].append(_square(exact(p.detach()) - exact(old)))
+                there[group].append(_square(old))
+                count[group] += p.numel()
+        for group in moved:
+            change, size = torch.stack(moved[group]).sum(), torch.stack(there[group]).sum()
+            self._numbers[f"update_rms/{group}"] = (change / count[group]).sqrt()
+            self._numbers[f"update_ratio/{group}"] = (change / size).sqrt()
+
+    def numbers(self) -> dict[str, float]:
+        """What the last step measured, by names such as `update_rms/block_003`; `rest` is what stands in no block.
+
+        `activation_rms`: RMS of what a block hands on; `activation_gradient_rms`: of the loss's gradient by it, a mean
+        over micro-batches; `gradient_norm`: length of the gradient by a block's parameters; `update_rms`: RMS of their
+        change; `update_ratio`: that over their RMS before.
+
+        Raises:
+            InputError: no forward pass and no step ran inside `with`.
+        """
+        if not any(name.startswith("activation") for name in self._numbers):
+            raise InputError(
+                "nothing was measured: run a forward pass inside `with watch:`, and of a compiled model watch the "
+                "module that was given to torch.compile, called itself."
+            )
+        return {name: value.item() for name, value in sorted(self._numbers.items())}
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> list[str]:
+    """The paths of a model's blocks, first to last.
+
+    Args:
+        path: of the list that holds them; None means to look.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    if path is None:
+        if any(hasattr(m, "placement") for m in model.modules()):
+            return list(find_placements(model))
+        lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+        outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in outer.items()}
+        path = max(sizes, key=sizes.__getitem__, default=None)
+    held = dict(model.named_modules()).get(path) if path is not None else None
+    if path is None or not isinstance(held, (nn.ModuleList, nn.Sequential)) or not len(held):
+        raise InputError(
+            f"{type(model).__name__} has no list of blocks{'' if path is None else f' at {path!r}'}: name a ModuleList "
+            "or Sequential of its by `blocks`."
+        )
+    return [f"{path}.{name}".lstrip(".") for name, _ in held.named_children()]
+
+
+def _group(name: str, blocks: list[str]) -> str:
+    return next((f"block_{b:03d}" for b, path in enumerate(blocks) if name.startswith(f"{path}.")), "rest")
+
+
+def _square(x: Tensor) -> Tensor:
+    """Sum of squares, of a sharded tensor over all its shards."""
+    total = torch.linalg.vector_norm(exact(x)).square()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
