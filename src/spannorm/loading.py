@@ -22,7 +22,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     """Load a model that `save_pretrained` wrote, with exactly the weights and the wiring it had.
 
     Args:
-        path: a folder, or a name on the Hub, of a `SpanNormForCausalLM`, a `SpanNormModel` or a rewired model.
+        path: a folder, or a name on the Hub, of a `SpanNormForCausalLM`, a `SpanNormModel`, one of our classification
+            heads or a rewired model.
         kwargs: those of Transformers' `from_pretrained` (`dtype`, `device_map`, `revision` …).
 
     Raises:
@@ -34,8 +35,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         check_configuration(saved, path)
         if saved.get("model_type") != models.SpanNormConfig.model_type:
             return rewiring.load(path, **kwargs)
-        body = saved.get("architectures") == [models.SpanNormModel.__name__]
-        kind = models.SpanNormModel if body else models.SpanNormForCausalLM
+        name = (saved.get("architectures") or [models.SpanNormForCausalLM.__name__])[0]
+        if name not in models.__all__:
+            raise InputError(f"{path} holds a {name!r}, a class of somebody's own: load it by that class.")
+        kind: Any = getattr(models, name)
         told = kwargs.pop("output_loading_info", False)
         model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
         missing = sorted(map(str, info["missing_keys"]))

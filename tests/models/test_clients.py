@@ -32,10 +32,10 @@ def ids(batch: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(37, (batch, length))
 
 
-def rewired_llama(placement: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def rewired_llama(placement: str, kind: str = "LlamaForCausalLM") -> Any:
+    import transformers
 
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model = getattr(transformers, kind)(transformers.LlamaConfig(**LLAMA, pad_token_id=0))
     spannorm.rewire(model, placement)
     return model
 
@@ -257,19 +257,35 @@ def test_a_grown_vocabulary_is_drawn_like_the_old_one_and_stays(tiny_config: Any
 
 
 def test_the_auto_classes_open_a_folder_before_spannorm_is_imported(tiny_config: Any, tmp_path: Path) -> None:
-    models = {"ours": SpanNormForCausalLM(tiny_config(placement="hybrid")), "rewired": rewired_llama("hybrid")}
+    models = {"ours": SpanNormForCausalLM(tiny_config(placement="hybrid")), "rewired": rewired_llama("hybrid"),
+              "sorting": rewired_llama("siamese", "LlamaForSequenceClassification")}  # fmt: skip
     x = torch.arange(9)[None]
     for name, model in models.items():
         unlike_at_birth(model).save_pretrained(tmp_path / name)
         torch.save(model(x).logits, tmp_path / f"{name}.pt")
     script = """
 import sys, torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-root = sys.argv[1]
-for name in ("ours", "rewired"):
-    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}", trust_remote_code=True)
-    torch.testing.assert_close(model(torch.arange(9)[None]).logits, torch.load(f"{root}/{name}.pt"), msg=name)
-    model = None
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM,
+)
+root, code = sys.argv[1], dict(trust_remote_code=True)
+def check(name, model):
+    torch.testing.assert_close(model.eval()(torch.arange(9)[None]).logits, torch.load(f"{root}/{name}.pt"), msg=name)
+check("ours", AutoModelForCausalLM.from_pretrained(f"{root}/ours", **code))
+check("rewired", AutoModelForCausalLM.from_pretrained(f"{root}/rewired", **code))
+check("sorting", AutoModelForSequenceClassification.from_pretrained(f"{root}/sorting", **code))
+config = AutoConfig.from_pretrained(f"{root}/rewired", pad_token_id=5, **code)
+config.use_cache = False
+model = AutoModelForCausalLM.from_pretrained(f"{root}/rewired", config=config, **code)
+check("rewired", model)
+assert (model.config.pad_token_id, model.config.use_cache) == (5, False)  # what was given, not what was saved
+assert not AutoModelForCausalLM.from_pretrained(f"{root}/rewired", use_cache=False, **code).config.use_cache
+drawn = AutoModelForCausalLM.from_config(config, **code)
+assert drawn.state_dict().keys() == model.state_dict().keys() and config.rewiring == model.config.rewiring
+with init_empty_weights():
+    empty = AutoModelForCausalLM.from_config(config, **code)
+check("rewired", load_checkpoint_and_dispatch(empty, f"{root}/rewired", {"": "cpu"}))
 assert LlamaConfig.from_pretrained(f"{root}/rewired").vocab_size == 37  # as PEFT reads it
 try:
     LlamaForCausalLM.from_pretrained(f"{root}/rewired")
@@ -296,6 +312,15 @@ sys.meta_path.insert(0, Hidden())
         env={**os.environ, "HF_HOME": str(tmp_path)},
     )  # fmt: skip
     assert "pip install spannorm" in run.stderr
+
+
+def test_a_rewired_folder_takes_no_configuration_that_does_not_say_how(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    rewired_llama("span").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not say how the model was rewired"):
+        spannorm.load(tmp_path, config=LlamaConfig(**LLAMA))
+    assert not spannorm.load(tmp_path, use_cache=False).config.use_cache
 
 
 @peft_of_today
@@ -329,6 +354,9 @@ def test_a_head_of_ones_own_keeps_pytorchs_init_and_is_named(tiny_config: Any, t
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in plain.named_parameters())
     plain.save_pretrained(tmp_path)
     late = WithValueHead.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match=r"holds a 'WithValueHead', a class of somebody's own"):
+        spannorm.load(tmp_path / "own")
     assert 0.5 * bound < late.v_head.weight.abs().max() <= bound
     groups = spannorm.parameter_groups(model, learning_rate=1.0, weight_decay=0.5)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -351,6 +379,7 @@ def test_classification_heads_read_the_decoder(tiny_config: Any, tmp_path: Path,
         torch.testing.assert_close(model(x).logits, hidden, rtol=1e-4, atol=1e-5)
         model.save_pretrained(tmp_path)
         torch.testing.assert_close(auto.from_pretrained(tmp_path)(x).logits, model(x).logits)
+        torch.testing.assert_close(spannorm.load(tmp_path).eval()(x).logits, model(x).logits)
 
 
 def test_a_mask_of_four_dimensions_says_which_tokens_the_routers_are_balanced_over(tiny_config: Any) -> None:

@@ -30,7 +30,16 @@ class RewiredConfig:
         path = Path(json_file_path)
         saved = json.loads(path.read_text(encoding="utf-8"))
         saved["family"] = saved.pop("model_type")
-        auto = {"AutoConfig": "RewiredAuto", "AutoModelForCausalLM": "RewiredAuto"}
-        auto_map = {name: f"{AUTO_CODE}.{cls}" for name, cls in auto.items()}
+        auto_map = dict.fromkeys(("AutoConfig", _auto_of(saved.get("architectures"))), f"{AUTO_CODE}.RewiredAuto")
         saved |= {"model_type": MODEL_TYPE, "transformers_weights": REFUSAL, "auto_map": auto_map}
         path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _auto_of(architectures: list[str] | None) -> str:
+    """The Auto class that opens a model of this class."""
+    name = (architectures or ["ForCausalLM"])[0]
+    for head in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        if name.endswith(f"For{head}"):
+            return f"AutoModelFor{head}"
+    body = name.endswith("Model") and not name.endswith("HeadModel")
+    return "AutoModel" if body else "AutoModelForCausalLM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from spannorm.rewiring.layers import RewiredBody
 from spannorm.rewiring.rewire import rewire
 from spannorm.roles import Fused
 
+AUTO = ("auto_map", "transformers_weights")
+"""What a configuration has by which Transformers comes to `RewiredAuto`, and refuses the family's class."""
+
+FOR_THE_MODEL = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
+"""What a configuration has too, but `from_pretrained` sees to."""
+
 
 class BornRewired:
     """A model class whose instances rewire themselves before their weights are loaded."""
@@ -33,10 +40,12 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
     Args:
         path: a folder, or a name on the Hub.
-        kwargs: those of Transformers' `from_pretrained` (`dtype`, `device_map`, `revision` …).
+        kwargs: those of Transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, values of the
+            configuration, a whole `config` …).
 
     Raises:
-        InputError: the checkpoint is not a rewired model's, its class is unknown, or its weights do not fit.
+        InputError: the checkpoint or the `config` given is not a rewired model's, its class is unknown, or its weights
+            do not fit.
     """
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
     saved, _ = PreTrainedConfig.get_config_dict(path, **hub)
@@ -44,11 +53,12 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         raise InputError(
             f"{path} holds a plain {saved.get('model_type')!r} model, not a rewired one: load it with from_pretrained."
         )
-    name = (saved["architectures"] or ["none"])[0]
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise InputError(f"{path} holds a {name!r}, which this version of Transformers does not have.")
-    config = config_of(saved)
+    cls = _class_of(saved["architectures"], f"{path} holds")
+    config = copy.deepcopy(kwargs.pop("config", None)) or config_of(saved)
+    if not isinstance(config, RewiredConfig):
+        raise InputError(f"the `config` given for {path} does not say how the model was rewired: change its own.")
+    _plain(config)
+    override(config, kwargs)
     kwargs["key_mapping"] = renamed = {**_renamed(family_of(saved["family"])), **(kwargs.get("key_mapping") or {})}
     model, info = adopted_class(cls, BornRewired).from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
@@ -65,11 +75,31 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
+def _class_of(architectures: list[str] | None, who: str) -> Any:
+    name = (architectures or ["none"])[0]
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise InputError(f"{who} a {name!r}, which this version of Transformers does not have.")
+    return cls
+
+
+def override(config: Any, kwargs: dict[str, Any]) -> None:
+    """Take out of `kwargs` the configuration's own values, as Transformers does, and put them into it."""
+    for key in [key for key in kwargs if hasattr(config, key) and key not in FOR_THE_MODEL]:
+        setattr(config, key, kwargs.pop(key))
+
+
+def _plain(config: Any) -> None:
+    """Take off what leads Transformers to `RewiredAuto`: from here on the family's class loads the weights."""
+    for name in AUTO:
+        config.__dict__.pop(name, None)
+
+
 def config_of(saved: dict[str, Any]) -> Any:
     """The family's configuration, with `rewiring`, from what `config.json` says."""
     check_configuration(saved, "config.json")
     keys = saved.get("config", saved)  # up to 0.1 the family's keys stood one level down
-    ours = ("model_type", "family", "rewiring", "transformers_weights", "auto_map")
+    ours = ("model_type", "family", "rewiring", *AUTO)
     config = AutoConfig.for_model(saved["family"], **{k: v for k, v in keys.items() if k not in ours})
     config.rewiring = saved["rewiring"]
     adopt(config, RewiredConfig)
@@ -91,13 +121,24 @@ class RewiredAuto:
         for key in ("trust_remote_code", "adapter_kwargs", "name_or_path"):
             kwargs.pop(key, None)
         if config is not None:
-            return load(path, **kwargs)
+            return load(path, config=config, **kwargs)
         both = kwargs.pop("return_unused_kwargs", False)
         saved, unused = PreTrainedConfig.get_config_dict(path, **kwargs)
         found = config_of(saved)
-        # by these Transformers comes back here for the model, and refuses the family's class
-        found.auto_map, found.transformers_weights = saved["auto_map"], saved["transformers_weights"]
+        for name in AUTO:
+            setattr(found, name, saved[name])
+        found._name_or_path = str(path)
+        override(found, unused)
         return (found, unused) if both else found
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A new model, rewired as the configuration says: `AutoModelForCausalLM.from_config` comes here."""
+        config, how = copy.deepcopy(config), config.rewiring
+        _plain(config)
+        model = _class_of(config.architectures, "the configuration is of")._from_config(config, **kwargs)
+        rewire(model, how["placement"], depth_rule=how["depth_rule"], **how["options"])
+        return model
 
 
 def _renamed(family: Family) -> dict[str, str]:
