@@ -37,10 +37,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             return rewiring.load(path, **kwargs)
         name = (saved.get("architectures") or [models.SpanNormForCausalLM.__name__])[0]
         if name not in models.__all__:
-            raise InputError(
-                f"{path} holds a {name!r}, a class of somebody's own: load it with {name}.from_pretrained."
-            )
-        kind = getattr(models, name)
+            raise InputError(f"{path} holds a {name!r}, a class of somebody's own: load it by that class.")
+        kind: Any = getattr(models, name)
         told = kwargs.pop("output_loading_info", False)
         model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
         missing = sorted(map(str, info["missing_keys"]))

@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,7 @@ def test_hidden_states_have_one_shape_and_are_those_of_our_own_model(placement, 
         found = again(IDS, output_hidden_states=True).hidden_states
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert found[-1].shape == (2, 9, 32)
+    assert signature(model.model.forward) == signature(LlamaModel.forward.__get__(model.model))
     some = model.model(IDS, output_hidden_states=[1, -1], return_dict=False)[-1]
     assert [h is None for h in some] == [True, False, True, False]
     torch.testing.assert_close((some[1], some[3]), (expected[1], expected[3]), rtol=1e-4, atol=1e-5)

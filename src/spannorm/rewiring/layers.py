@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from operator import attrgetter
 from typing import Any
 
@@ -93,6 +94,16 @@ class RewiredBody:
 
     config: Any
     layer_path: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = RewiredBody.forward
+
+        @wraps(super(RewiredBody, cls).forward)  # type: ignore[misc]
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # clients read the family's signature
+            return own(self, *args, **kwargs)
+
+        cls.forward = forward  # type: ignore[method-assign]
 
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         # Transformers records what goes into the first layer and what comes out of each, or None where only some are
