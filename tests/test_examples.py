@@ -1,5 +1,6 @@
 """The examples run, at tiny size, and are as short as they say."""
 
+import math
 import re
 import runpy
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from spannorm import InputError, init_plan, probes
+from spannorm import InputError, build_placement, init_plan, probes, theory
+from spannorm.placements import PLACEMENTS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -55,3 +58,24 @@ def test_two_vision_towers_are_drawn_and_measured_a_stack_at_a_time(placement: s
     with pytest.raises(InputError, match=r"no role is known for the parameter 'color.cls_token'.*roles=\{'color.cls"):
         init_plan(model)
     assert init_plan(model, roles=example["ROLES"])["color.patches.weight"].std == pytest.approx((3 * 8 * 8) ** -0.5)
+
+
+def test_spannorm_on_streams_is_spannorm_or_four_shallow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/theory.md says. Written to all streams it starts as SpanNorm; in turn, as SpanNorm four times less deep,
+    four times over, whose mean leaves."""
+    example = runpy.run_path(str(EXAMPLES / "span_streams.py"))
+    for name in ("span_all", "span_turns"):
+        monkeypatch.setitem(PLACEMENTS, name, PLACEMENTS.pop(name))  # gone again after the test
+    shallow, deep = (theory.predict("span", depth, depth_rule="none", initial_norm="embedding") for depth in (8, 32))
+    same, turns = (theory.predict(name, 32, depth_rule="none") for name in ("span_all", "span_turns"))
+    assert same.log_total_gain == pytest.approx(deep.log_total_gain, abs=1e-4)
+    assert turns.log_skip_gain == pytest.approx(shallow.log_skip_gain, abs=1e-4)
+    assert turns.log_total_gain == pytest.approx(shallow.log_total_gain - math.log(example["STREAMS"]) / 2, abs=0.05)
+
+    x = y = torch.nn.functional.rms_norm(torch.randn(2, 3, 8), (8,))
+    for b in range(4):
+        sizes = {"hidden_size": 8, "layer_idx": b, "num_layers": 4, "depth_rule": "none"}
+        sublayers = [lambda n, k=k: torch.tanh(n.roll(k, -1)).cumsum(1) for k in (b + 1, b + 2)]
+        x = build_placement("span", initial_norm="none", **sizes)(x, *sublayers)
+        y = build_placement("span_all", **sizes)(y, *sublayers)
+    torch.testing.assert_close(x, y)

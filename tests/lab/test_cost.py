@@ -54,7 +54,10 @@ def test_depthbenchs_sizes_are_405_m_within_3_percent_and_its_tokens_8_billion()
 
 
 def test_the_verb_prints_it_and_runs_nothing(tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text("compare: {arms: [{model.placement: pre}, {model.placement: span}]}")
+    (tmp_path / "two.yaml").write_text(
+        "model: {hidden_size: 8, intermediate_size: 12, num_hidden_layers: 2, num_attention_heads: 2}\n"
+        "compare: {arms: [{model.placement: pre}, {model.placement: span}]}"
+    )
     ran = CliRunner().invoke(app, ["compare", str(tmp_path / "two.yaml"), "--cost", "--out", str(tmp_path / "out")])
     assert ran.exit_code == 0 and ran.output.startswith("2 runs of"), ran.output
     assert not (tmp_path / "out").exists()
@@ -62,5 +65,5 @@ def test_the_verb_prints_it_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["zoo.yaml", "findings/rivals.yaml", "depthbench.yaml"])
 def test_recipes_that_are_too_long_to_run_here_can_be_planned(path: str) -> None:
-    plan = Plan(load_recipe(RECIPES / path))
+    plan = Plan(load_recipe(RECIPES / path), here=False)
     assert len(plan.jobs({})) > 50

@@ -91,20 +91,20 @@ def commands(recipe: Recipe, out: Path, *, imports: Sequence[Path] = ()) -> list
     Under a protocol the jobs of the next round depend on this one's: ask again until nothing is left. `compare` then
     gathers the results without running anything. Errors are those of `compare`.
     """
-    with _opened(recipe, out.absolute(), [path.absolute() for path in imports], 0) as (runner, _):
+    with _opened(recipe, out.absolute(), [path.absolute() for path in imports], 0, here=False) as (runner, _):
         return runner.commands()
 
 
 @contextmanager
 def _opened(
-    recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int, pool: Pool | None = None
+    recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int, pool: Pool | None = None, here: bool = True
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
     claim(out, folders.COMPARISON)
     least = len(recipe.compare.arms) * math.prod(map(len, recipe.compare.grid.values()))
     if least > _MANY:
         say(PlainConsole(stderr=True), f"planning {least:,} runs")
-    plan = LadderPlan(recipe) if recipe.ladder.sizes else Plan(recipe)
+    plan = LadderPlan(recipe) if recipe.ladder.sizes else Plan(recipe, here)
     make_folder(out)
     with alone_in(out), writing_to(out):
         sweep(out)

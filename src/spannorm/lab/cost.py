@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
 
 from spannorm.lab.plan import Job, Plan
 from spannorm.models import SpanNormForCausalLM
-from spannorm.train.recipe import Recipe
+from spannorm.train.recipe import Recipe, TrainRecipe
 from spannorm.train.run import model_config
 from spannorm.train.summary import flops_per_token
 
@@ -39,11 +40,11 @@ class Cost:
 
 def is_large(recipe: Recipe) -> bool:
     """Whether the runs see so many tokens that their cost is worth a line."""
-    return sum(map(_tokens, Plan(recipe).jobs({}))) > LARGE
+    runs = len(recipe.compare.arms) * math.prod(map(len, recipe.compare.grid.values()))
+    return not recipe.ladder.sizes and runs * _tokens(recipe.train) > LARGE
 
 
-def _tokens(job: Job) -> int:
-    t = job.recipe.train
+def _tokens(t: TrainRecipe) -> int:
     return t.steps * t.batch_size * t.accumulation * t.sequence_length
 
 
@@ -53,14 +54,14 @@ def cost(recipe: Recipe) -> Cost:
     Raises:
         InputError: as `Plan`.
     """
-    jobs = Plan(recipe).jobs({})
+    jobs = Plan(recipe, here=False).jobs({})
     known: dict[str, tuple[int, int]] = {}
     tokens, flops = 0, 0.0
     for job in jobs:
         key = json.dumps({**job.recipe.model, "length": job.recipe.train.sequence_length}, sort_keys=True, default=str)
         if key not in known:
             known[key] = _sizes(job)
-        tokens, flops = tokens + _tokens(job), flops + float(_tokens(job)) * known[key][1]
+        tokens, flops = tokens + _tokens(job.recipe.train), flops + float(_tokens(job.recipe.train)) * known[key][1]
     sizes = [parameters for parameters, _ in known.values()]
     return Cost(len(jobs), bool(recipe.compare.protocol.seeds), tokens, flops, (min(sizes), max(sizes)))
 

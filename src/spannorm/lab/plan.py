@@ -18,7 +18,7 @@ from typing import Any
 from spannorm.errors import InputError, shown, unknown
 from spannorm.lab.summary import arms_named
 from spannorm.models import SpanNormConfig
-from spannorm.train.needs import Needs, check_fits
+from spannorm.train.needs import Needs, check_fits, needs
 from spannorm.train.recipe import Recipe, recipe_from_dict, set_key
 from spannorm.train.run import model_config, run_recipe
 
@@ -65,13 +65,16 @@ class Entrant:
 class Plan:
     """The runs of a recipe's comparison.
 
+    Args:
+        here: whether they are to run on this machine, and must fit.
+
     Raises:
         InputError: no arms, the same run twice, an arm that no model can be built from, or a protocol that cannot be
             followed.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.protocol = recipe, recipe.compare.protocol
+    def __init__(self, recipe: Recipe, here: bool = True) -> None:
+        self.recipe, self.protocol, self._here = recipe, recipe.compare.protocol, here
         self._raw = json.dumps(run_recipe(recipe))
         self._made: dict[str, Job] = {}
         self._resolved: dict[str, tuple[SpanNormConfig, str]] = {}
@@ -190,7 +193,7 @@ class Plan:
         key = json.dumps([run["model"], run["data"], {k: v for k, v in run["train"].items() if k not in _OF_A_RUN}])
         if key not in self._resolved:
             config = model_config(recipe)
-            needed = check_fits(recipe, config)
+            needed = check_fits(recipe, config) if self._here else needs(recipe, config)
             self.largest = max(self.largest or needed, needed, key=lambda n: n.memory)
             rest = {k: v for k, v in config.to_dict().items() if k != "init_seed"}
             self._resolved[key] = config, json.dumps(rest, sort_keys=True, default=str)

@@ -266,10 +266,24 @@ def _jacobian(blocks: Blocks, loss_of: Callable[[Any], Tensor], batches: Sequenc
             return y
 
         with blocks.changing(after, before), torch.enable_grad():
-            loss_of(batch)
-            end = blocks.read_out(states[-1])
+            end = _end(blocks, loss_of, batch)
             for draw in range(draws):
                 v = torch.randn(end.shape, generator=generator).to(end)
                 gradients = torch.autograd.grad(end, states, v, retain_graph=draw + 1 < draws)
                 squares += torch.tensor([_square(summed(g)) / _square(v) for g in gradients], dtype=torch.float64)
     return (squares / (draws * len(batches))).sqrt().tolist()
+
+
+def _end(blocks: Blocks, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """What the stack returns: the last block's own output, through which FSDP2 brings the weights back in backward."""
+    ends: list[Tensor] = []
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        ends.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks.modules[-1].register_forward_hook(leave)
+    try:
+        loss_of(batch)
+    finally:
+        handle.remove()
+    return blocks.read_out(ends[-1])

@@ -71,8 +71,8 @@ def check_fits(recipe: Recipe, config: SpanNormConfig, processes: int = 1) -> Ne
 def parameters(config: SpanNormConfig, vocabulary: int) -> int:
     """How many parameters a model has: those of Transformers' modules by their sizes, a placement's by its own word."""
     width, ends = config.hidden_size, 1 + (not config.tie_word_embeddings)
-    stack, norm = config.stack, 2 if config.norm == "layernorm" else 1
-    at_the_ends = (stack.final_norm + stack.embedding_norm) * width * norm
+    stack, norm = config.stack, sum(p.numel() for p in config.stack.new_norm(width).parameters())
+    at_the_ends = (stack.final_norm + stack.embedding_norm) * norm
     layers = range(config.num_hidden_layers)
     alike = Counter((stack.kind_of(b), config.is_sparse(b), b == 0, b == layers[-1]) for b in layers)
     example = {(stack.kind_of(b), config.is_sparse(b), b == 0, b == layers[-1]): b for b in layers}
