@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import re
 import shlex
 import signal
@@ -513,6 +514,11 @@ def _empty(words: list[str]) -> str | None:
     return None
 
 
+def _is_first() -> bool:
+    """Whether this process speaks for those that torchrun started; a signal may come before PyTorch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed or crashed, 2 bad input, 130 or 75 stopped and saved (`Stopped`)."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it cannot with a backslash
@@ -527,9 +533,7 @@ def main() -> None:
             raise InputError(f"{empty} is empty: give it a value, or leave it out.")
         app()
     except InputError as error:
-        from spannorm.train.processes import is_first
-
-        if is_first() or isinstance(error, DiskError):  # all other input is the same for every process
+        if _is_first() or isinstance(error, DiskError):  # all other input is the same for every process
             typer.secho(f"error: {plain(error)}", fg="red", err=True)
         sys.exit(2)
     except (OSError, UnicodeError) as error:
@@ -540,10 +544,8 @@ def main() -> None:
         typer.secho(f"error: {plain(f'{said}: {what}' if what else said)}", fg="red", err=True)
         sys.exit(2)
     except (Stopped, Interrupted) as stop:
-        from spannorm.train.processes import is_first
-
-        if is_first():
-            typer.echo(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}", err=True)
+        if _is_first():
+            typer.echo(plain(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}"), err=True)
         sys.exit(stop.exit_code)
     finally:
         for number, handler in before.items():

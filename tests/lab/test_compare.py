@@ -96,7 +96,7 @@ def wait_for_a_checkpoint(out: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_stopped_comparison_goes_on_to_the_same_losses(
     comparison: Recipe, finished: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -105,8 +105,12 @@ def test_a_stopped_comparison_goes_on_to_the_same_losses(
     wait_for_a_checkpoint(tmp_path / "out", process)
     process.send_signal(how)
     output = process.communicate(timeout=60)[0]
-    if how == signal.SIGINT:
-        assert process.returncode == 130 and "Go on with: spannorm compare" in output and "Traceback" not in output
+    if how != signal.SIGKILL:
+        assert (
+            process.returncode == (130 if how == signal.SIGINT else 75)
+            and "Go on with: spannorm compare" in output
+            and "Traceback" not in output
+        )
         statuses = {arm["status"] for arm in json.loads((tmp_path / "out" / "results.json").read_text())["arms"]}
         assert statuses & {"stopped", "waiting"}
     results = compare(longer, tmp_path / "out")

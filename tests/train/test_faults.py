@@ -258,6 +258,24 @@ def test_a_schedulers_sigterm_saves_and_asks_for_a_requeue(
         assert_same_run(out, finished)
 
 
+@pytest.mark.parametrize("after", ["run.json", ""])
+def test_a_stop_does_not_wait_for_a_step_that_has_not_begun(
+    recipe: Recipe, tokens: TokenData, tmp_path: Path, after: str
+) -> None:
+    out = tmp_path / "run"
+    endless = replace(recipe, train=replace(recipe.train, accumulation=10**6))
+    process = start(1, *program(endless, tokens, out))
+    until = time.monotonic() + 120
+    while not (out / after if after else out.with_suffix(".yaml")).exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in ((75,) if after else (75, -signal.SIGTERM)), stderr  # before Python listens
+    assert "Traceback" not in stderr
+
+
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def together(
     request: pytest.FixtureRequest, often: Recipe, tokens: TokenData, tmp_path_factory: pytest.TempPathFactory
