@@ -71,7 +71,7 @@ def put(raw: Any, key: str, value: Any) -> None:
 
 
 @contextmanager
-def bounded(seconds: float = 20.0, gib: float = 3.0) -> Iterator[None]:
+def bounded(seconds: float = 60.0, gib: float = 3.0) -> Iterator[None]:
     """A case that takes longer, or more memory besides what there is, fails."""
 
     def late(*_: Any) -> None:

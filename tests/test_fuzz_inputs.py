@@ -101,16 +101,20 @@ def changed(change: list[tuple[str, Any]], given_arms: Any, given_grid: Any) -> 
 recipes = st.builds(changed, changes, st.one_of(st.none(), arms), grids)
 
 
+def ends_well(raw: Any) -> None:
+    assert works_or_is_refused(raw) in ("refused", "works", "too large to build here")
+
+
 @settings(max_examples=60, suppress_health_check=QUIET)
 @given(recipes)
 def test_a_recipe_works_or_is_refused(raw: Any) -> None:
-    works_or_is_refused(raw)
+    ends_well(raw)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fresh", [False, True], ids=["fixed", "fresh"])
 def test_many_recipes_work_or_are_refused(fresh: bool) -> None:
-    many(2500, fresh)(given(recipes)(works_or_is_refused))()
+    many(2500, fresh)(given(recipes)(ends_well))()
 
 
 general = [
@@ -163,7 +167,7 @@ yamls = st.lists(st.one_of(pieces, st.text(max_size=5)), max_size=14).map("".joi
 
 
 def is_read_or_refused(text: str) -> None:
-    with bounded(5.0, 1.0):
+    with bounded(20.0, 1.0):
         try:
             read_yaml(text, "the text")
         except InputError as error:
@@ -216,7 +220,7 @@ def runs_or_refuses(line: tuple[str, list[tuple[str, ...]]], raw: Any) -> None:
         sys.argv = ["spannorm", verb, *([] if verb == "placements" else ["recipe.yaml"]), *rest, *corpus]
         code: Any = 0
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), bounded(60.0):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), bounded(180.0):
                 cli.main()
         except SystemExit as ended:
             code = ended.code

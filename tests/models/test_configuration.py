@@ -7,9 +7,11 @@ import math
 
 import pytest
 from arms import ARMS, DEFAULT_RULE
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from spannorm.errors import InputError
+from spannorm.model_keys import ACTIVATIONS, MODEL_KEYS
 from spannorm.models import SpanNormConfig
 
 
@@ -114,3 +116,10 @@ def test_the_width_that_a_refusal_tries_to_offer_is_accepted(tiny_config, hidden
 def test_the_head_size_may_be_chosen_apart_from_the_width(tiny_config):
     config = tiny_config(hidden_size=16, head_dim=6)
     assert (config.hidden_size, config.head_dim) == (16, 6)
+
+
+def test_every_key_of_the_architecture_has_a_kind_and_limits():
+    own = set(SpanNormConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert own == set(MODEL_KEYS)
+    for key in ACTIVATIONS:
+        assert not list(ACT2FN[key].parameters())

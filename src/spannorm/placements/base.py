@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -186,7 +187,7 @@ class Placement(nn.Module, ABC):
 
     def forward(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> State:
         """One block; the first also enters the stack's inner state, the last leaves it."""
-        attn, ffn = _answering("attention", attn), _answering("the feed-forward", ffn)
+        attn, ffn = partial(_answer, "attention", attn), partial(_answer, "the feed-forward", ffn)
         if self.is_first:
             x = self.enter(x)
         x = self.block(x, attn, ffn)
@@ -229,17 +230,13 @@ class Placement(nn.Module, ABC):
         return f"block {self.layer_idx} of {self.num_layers}, depth_rule={self.rule.name!r}"
 
 
-def _answering(name: str, sublayer: Sublayer) -> Sublayer:
-    """A sublayer, held to what it owes: a norm would take None for no branch, and a sum would stretch another shape."""
-
-    def answer(x: Stream) -> Stream:
-        f = sublayer(x)
-        if not hasattr(f, "shape") or (isinstance(f, Tensor) and f.shape != x.shape):
-            what = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
-            raise InputError(f"{name} must return one tensor of the shape it was given, {tuple(x.shape)}; got {what}.")
-        return f
-
-    return answer
+def _answer(name: str, sublayer: Sublayer, x: Stream) -> Stream:
+    """A sublayer's output, held to what it owes: a norm would take None for no branch, a sum stretch another shape."""
+    f = sublayer(x)
+    if not hasattr(f, "shape") or (isinstance(f, Tensor) and f.shape != x.shape):
+        what = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+        raise InputError(f"{name} must return one tensor of the shape it was given, {tuple(x.shape)}; got {what}.")
+    return f
 
 
 def check_norm(kind: type[Placement], norm: str) -> None:
