@@ -41,6 +41,7 @@ def torchrun(processes: int, folder: Path, script: str, *arguments: str) -> None
         (2, "pp=2", "llama3", tuple(PLACEMENTS)),
         (2, "tp=2,no_sp", "qwen3", SOME),
         (2, "fsdp=2", "moe", ("span", "siamese")),
+        (2, "fsdp=2,ep=2", "moe", ("span", "siamese")),
         (4, "fsdp=2,tp=2", "llama3", SOME),
         (4, "pp=2,tp=2", "llama3", SOME),
         (4, "pp=2,fsdp=2", "llama3", SOME),

@@ -14,7 +14,7 @@ pytest.importorskip("torchtitan")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch's own, on the way to torch.compile
-    from titan_tiny import tiny
+    from titan_tiny import in_fp32, tiny
 from torchtitan.components.optimizer import ParamGroupConfig
 from torchtitan.models.common.moe import GroupedExperts
 
@@ -91,13 +91,6 @@ def test_norms_and_ends_are_of_one_kind(norm):
     config, model = built("llama3", PlacementConfig(name="peri", norm=norm, eps=1e-3, init_seed=3))
     assert {type(m).__name__.lower() for m in model.modules() if type(m).__name__.endswith("Norm")} == {norm}
     assert_equal(config, model)
-
-
-def in_fp32(self, x_RD, num_tokens_per_expert_E):
-    """torchtitan computes experts in bf16 whatever the model's dtype: to compare functions, the same in fp32."""
-    parts = x_RD.split(num_tokens_per_expert_E.int().tolist())
-    each = zip(parts, self.w1_EFD, self.w2_EDF, self.w3_EFD, strict=True)
-    return torch.cat([F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2) for x, w1, w2, w3 in each])
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")

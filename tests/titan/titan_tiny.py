@@ -6,6 +6,9 @@ Its language models take flex or varlen attention, neither of which has a CPU ba
 
 from __future__ import annotations
 
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import model_registry as llama3
 from torchtitan.models.qwen3 import model_registry as qwen3
@@ -24,3 +27,11 @@ def tiny(model: str = "llama3", layers: int = 4):
     for layer in spec.model.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     return spec
+
+
+def in_fp32(self, x_RD, num_tokens_per_expert_E):
+    """torchtitan computes experts in bf16 whatever the model's dtype: to compare functions, the same in fp32."""
+    weights = [w.to_local() if isinstance(w, DTensor) else w for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD)]
+    parts = x_RD.split(num_tokens_per_expert_E.int().tolist())
+    each = zip(parts, *weights, strict=True)
+    return torch.cat([F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2) for x, w1, w2, w3 in each])

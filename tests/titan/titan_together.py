@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import titan_on_cpu  # noqa: F401  # first: it makes torchtitan run on a CPU
 import torch
 import torch.distributed as dist
-from titan_tiny import tiny
+from titan_tiny import in_fp32, tiny
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims, utils
+from torchtitan.models.common.moe import GroupedExperts
 
 from spannorm.torchtitan import PlacementConfig, place
 
@@ -122,6 +123,7 @@ def main() -> None:
     words = kinds.split(",")
     kind = {name: int(n) for name, _, n in (word.partition("=") for word in words) if n}
     dist.init_process_group("gloo")
+    GroupedExperts.forward = in_fp32
     generator = torch.Generator().manual_seed(0)
     tokens, labels = (torch.randint(0, 2048, (BATCH, LENGTH), generator=generator) for _ in range(2))
     rows = {}
