@@ -53,6 +53,7 @@ lint: install
 
 docs: install
 	$(BIN)/python -c 'from spannorm.catalog import markdown; print(markdown(), end="")' > docs/placements.md
+	$(BIN)/python -m spannorm.train.packages > docs/corpus.md
 
 families: install
 	$(BIN)/python -m spannorm.auditing.families > docs/families.md

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spannorm.errors import InputError
 from spannorm.text import line
+from spannorm.train import packages
 from spannorm.train.recipe import DataRecipe
 
 TEXT_SUFFIXES = (
@@ -40,16 +41,40 @@ _ROWS = 1024  # read at a time from a parquet file
 def documents(recipe: DataRecipe) -> Iterator[str]:
     """Yield the documents of `recipe.corpus`, one at a time, in the order of the sorted paths.
 
-    `stdlib` is every `.py` file of the running Python's standard library, but for
-    `STDLIB_FOLDERS_LEFT_OUT` and `STDLIB_FILES_LEFT_OUT`: 10.0 MB in Python 3.11. Anything else is a local
-    file, or a folder that is searched with all its subfolders; there, hidden files and suffixes other than
-    `SUFFIXES` are passed over. JSONL holds one object per line. Line ends of text files become a newline, and
-    a byte-order mark is dropped, so that a corpus is the same text on every system. A document that is
-    empty, null or blank is dropped.
+    `stdlib` is every `.py` file of the running Python's standard library, but for `STDLIB_FOLDERS_LEFT_OUT` and
+    `STDLIB_FILES_LEFT_OUT`: 10.0 MB in Python 3.11. `packages` is the source of pinned packages, fetched once
+    (`spannorm.train.packages`). Anything else is a local file, or a folder that is searched with all its
+    subfolders; there, hidden files and suffixes other than `SUFFIXES` are passed over. JSONL holds one object per
+    line. Line ends of text files become a newline, and a byte-order mark is dropped, so that a corpus is the same
+    text on every system. A document that is empty, null or blank is dropped.
 
     Raises `InputError` when the corpus is missing, holds nothing readable, is not UTF-8, or lacks
     `data.text_field`: at the file concerned, so only a whole pass proves a corpus sound.
     """
+    yield from (text for _, text in placed_documents(recipe))
+
+
+def placed_documents(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
+    """`documents`, each with the split that the corpus puts it in: empty where it leaves that to `prepare_data`.
+
+    Raises `InputError` as `documents` does, and for a share of `packages` to hold out, which its lock decides.
+    """
+    for split, text in _from_packages(recipe) if recipe.corpus == "packages" else _from_files(recipe):
+        if text and not text.isspace():
+            yield split, text
+
+
+def _from_packages(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
+    for name in ("validation_fraction", "test_fraction"):
+        if getattr(recipe, name) != getattr(DataRecipe, name):
+            raise InputError(
+                f"data.{name} does not apply to data.corpus packages, which is split by package (docs/corpus.md): "
+                "leave it out."
+            )
+    return packages.documents()
+
+
+def _from_files(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
     if recipe.document_separator == "":
         raise InputError("data.document_separator must not be empty: give the text that ends a document, or null.")
     for path in _stdlib() if recipe.corpus == "stdlib" else _local(Path(recipe.corpus)):
@@ -57,9 +82,7 @@ def documents(recipe: DataRecipe) -> Iterator[str]:
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputError(f"{path} is not a regular file, which alone has an end: take it out of data.corpus.")
-            for text in read(path, recipe):
-                if text and not text.isspace():
-                    yield text
+            yield from (("", text) for text in read(path, recipe))
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it, or take it out.") from None
         except MemoryError:
@@ -71,7 +94,7 @@ def documents(recipe: DataRecipe) -> Iterator[str]:
 def left_out(recipe: DataRecipe) -> str:
     """What a folder holds that is no document, in words: nothing is left out in silence. Empty where all was read."""
     root = Path(recipe.corpus)
-    if recipe.corpus == "stdlib" or not root.is_dir():
+    if recipe.corpus in ("stdlib", "packages") or not root.is_dir():
         return ""
     kinds: Counter[str] = Counter()
     for folder, subfolders, names in os.walk(root):
@@ -102,7 +125,7 @@ def _stdlib() -> list[Path]:
 
 def _local(root: Path) -> list[Path]:
     if not root.exists():
-        raise InputError(f"no corpus at {str(root)!r}: set data.corpus to `stdlib`, or to a file or folder.")
+        raise InputError(f"no corpus at {str(root)!r}: set data.corpus to `stdlib`, `packages`, or a file or folder.")
     found = _files(root) if root.is_dir() else [root]
     paths = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not paths:

@@ -21,7 +21,7 @@ from spannorm.errors import InputError, unknown
 from spannorm.files import read_json
 from spannorm.folders import partial_folder, sweep_partial
 from spannorm.text import line
-from spannorm.train.corpus import documents, left_out
+from spannorm.train.corpus import documents, left_out, placed_documents
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.tokenizer import encode_documents, load_tokenizer
 
@@ -176,10 +176,11 @@ class TokenData:
 def prepare_data(recipe: DataRecipe, directory: str | Path, *, same_corpus: bool = False) -> TokenData:
     """Turn the corpus into tokens in `directory`, or open what an equal recipe left there.
 
-    Exact duplicates are dropped. The split goes by document: in the order of the SHA-256 of their text, the
-    first documents go to validation until they reach `validation_fraction` of all bytes, the next to test
-    likewise, the rest to train. So a document's split depends on the texts alone, not on file names. Within
-    a split the documents keep the order of the corpus. No document is held longer than it takes to encode.
+    Exact duplicates are dropped. The split goes by document: in the order of the SHA-256 of their text, the first
+    documents go to validation until they reach `validation_fraction` of all bytes, the next to test likewise, the
+    rest to train. So a document's split depends on the texts alone, not on file names. The corpus `packages` is
+    split by package instead; a text that several splits have goes to train. Within a split the documents keep the
+    order of the corpus. No document is held longer than it takes to encode.
 
     The folder appears whole or not at all. Data that is there already is checked (`TokenData.check`); the corpus
     is read again with `same_corpus` alone: an equal recipe does not prove that its files, or the Python whose
@@ -249,19 +250,25 @@ class _Plan:
 
 def _plan(recipe: DataRecipe) -> _Plan:
     size: dict[bytes, int] = {}
+    placed: dict[bytes, str] = {}
     read = 0
-    for text in documents(recipe):
+    for name, text in placed_documents(recipe):
         encoded = text.encode()
-        size[sha256(encoded).digest()] = len(encoded)
+        size[digest := sha256(encoded).digest()] = len(encoded)
+        placed.setdefault(digest, name)
         read += 1
     if len(size) < 3:
         raise InputError(
             f"the corpus {recipe.corpus!r} has {len(size)} distinct documents, and the three splits need one "
             "each: give more files, or set data.document_separator to the text that ends a document."
         )
+    total = dict.fromkeys(SPLITS, 0)
+    if all(placed.values()):
+        for digest, name in placed.items():
+            total[name] += size[digest]
+        return _Plan(recipe, placed, total, read - len(size))
     rest = deque(sorted(size))
     split: dict[bytes, str] = {}
-    total = dict.fromkeys(SPLITS, 0)
     shares = {"validation": recipe.validation_fraction, "test": recipe.test_fraction, "train": math.inf}
     for left, (name, share) in zip((2, 1, 0), shares.items(), strict=True):
         while len(rest) > left and total[name] < share * sum(size.values()):

@@ -30,8 +30,9 @@ class DataRecipe:
     """Where the text comes from and how it becomes tokens."""
 
     corpus: str = "stdlib"
-    """`stdlib` (the running Python's own standard library), or a local folder or file: .txt, .py, .md and
-    other text (a file is a document), .jsonl, .parquet."""
+    """`stdlib` (the running Python's own standard library); `packages` (151 MB of pinned packages' source, fetched
+    once: docs/corpus.md); or a local folder or file: .txt, .py, .md and other text (a file is a document), .jsonl,
+    .parquet."""
     text_field: str = "text"
     """The field that holds the text in JSONL and parquet."""
     document_separator: str | None = None
