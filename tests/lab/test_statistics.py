@@ -6,33 +6,43 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from spannorm.lab.statistics import Estimate, estimate, paired, sensitivity, t_cdf, t_quantile, verdict
+from spannorm.lab.statistics import Estimate, estimate, holm, paired, sensitivity, verdict
 
 # Student (1908) as any table prints it: p = 0.975.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 120: 1.980}
 
 
 @pytest.mark.parametrize(("degrees", "t"), TABLE.items())
-def test_quantiles_are_those_of_the_printed_table(degrees: int, t: float) -> None:
-    assert t_quantile(0.975, degrees) == pytest.approx(t, abs=5.1e-4)
-    assert t_quantile(0.025, degrees) == pytest.approx(-t, abs=5.1e-4)
+def test_margins_are_those_of_the_printed_table(degrees: int, t: float) -> None:
+    found = estimate([float(i) for i in range(degrees + 1)])
+    assert found is not None and found.count == degrees + 1 and found.spread is not None
+    assert found.margin == pytest.approx(t * found.spread / math.sqrt(degrees + 1), rel=4e-4)
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 6, 9])
-@pytest.mark.parametrize("t", [-2.5, 0.0, 0.3, 4.0])
-def test_the_distribution_is_the_integral_of_its_density(degrees: int, t: float) -> None:
-    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
-    x = np.linspace(0, t, 200_001)
-    density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(x * x / degrees))
-    assert t_cdf(t, degrees) == pytest.approx(0.5 + np.trapezoid(density, x), abs=1e-9)
+def test_a_p_value_is_the_mass_beyond_and_agrees_with_the_interval() -> None:
+    # Two degrees of freedom have a closed form: P(T ≤ t) = ½ + t / (2 √(2 + t²)); here t = 2 / (1 / √3) = 2 √3.
+    found = estimate([1.0, 2.0, 3.0])
+    t = 2 * math.sqrt(3)
+    assert found is not None and found.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
+    for values in np.random.default_rng(1).normal(0.8, 1.0, (200, 5)):
+        one = estimate(list(values))
+        assert one is not None and one.p_value is not None and (one.p_value < 0.05) == bool(one.direction)
+    assert Estimate(0.2, 1, None, None).p_value is None
+    assert Estimate(0.2, 3, 0.0, 0.0).p_value == 0 and Estimate(0.0, 3, 0.0, 0.0).p_value == 1
 
 
-@given(st.floats(0.001, 0.999), st.integers(1, 40))
-def test_a_quantile_is_the_inverse_of_the_distribution(p: float, degrees: int) -> None:
-    assert t_cdf(t_quantile(p, degrees), degrees) == pytest.approx(p, abs=1e-9)
+def test_holms_correction_by_hand() -> None:
+    # 4 · 0.005, then the largest so far of that, 3 · 0.01, 2 · 0.03 and 1 · 0.04
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([0.04]) == [0.04] and holm([]) == []
+
+
+def test_holms_correction_keeps_accidents_rarer_than_it_says() -> None:
+    draws = np.random.default_rng(2).normal(0.0, 1.0, (1500, 6, 4))  # six pairs between which there is no difference
+    found = [[e.p_value for row in rows if (e := estimate(list(row)))] for rows in draws]
+    assert np.mean([min(p) <= 0.05 for p in found]) > 0.2, "uncorrected: 1 − 0.95⁶ = 0.26"
+    assert np.mean([min(holm(p)) <= 0.05 for p in found]) < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 1500)
 
 
 def test_an_estimate_by_hand() -> None:
@@ -83,6 +93,19 @@ NONE_FAILED = {"a": (0, 5), "b": (0, 5)}
 def test_words_follow_from_the_interval(difference: Estimate | None, says: str, not_said: str) -> None:
     words = verdict("a", "b", difference, NONE_FAILED)
     assert says in words and not_said not in words
+
+
+@pytest.mark.parametrize(
+    ("p_holm", "says"),
+    [
+        (0.02, "a ends below b (difference -0.1000, 95% interval -0.1600 to -0.0400, 5 seeds, p 0.011, after Holm over "
+               "3 pairs 0.02)"),
+        (0.07, "a ends below b at 95%, but not after Holm over 3 pairs (difference -0.1000"),
+        (None, "a ends below b (difference -0.1000, 95% interval -0.1600 to -0.0400, 5 seeds, p 0.011)"),
+    ],
+)  # fmt: skip
+def test_words_say_what_is_left_after_the_correction(p_holm: float | None, says: str) -> None:
+    assert verdict("a", "b", Estimate(-0.1, 5, 0.05, 0.06), NONE_FAILED, p_holm, 3).startswith(says)
 
 
 def test_a_failed_seed_is_told_and_no_loss_is_compared() -> None:

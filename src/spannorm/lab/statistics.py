@@ -1,4 +1,7 @@
-"""What may be said of a few seeds: means, spreads, paired differences with intervals. Standard library only."""
+"""What may be said of a few seeds: means, spreads, paired differences with intervals, corrected for their number.
+
+Student's distribution is SciPy's, imported when it is first needed.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,18 @@ class Estimate:
             return 0
         return -1 if self.mean < 0 else 1
 
+    @property
+    def p_value(self) -> float | None:
+        """Student's two-sided p for a true mean of 0: how often seeds alone would bring the mean at least so far."""
+        if self.spread is None:
+            return None
+        if not self.spread:
+            return float(self.mean == 0)
+        from scipy.special import stdtr
+
+        t = abs(self.mean) / (self.spread / math.sqrt(self.count))
+        return float(2 * stdtr(self.count - 1, -t))
+
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate | None:
     """Mean, spread and Student's interval, mean ± t·s/√n with n − 1 degrees of freedom; None of nothing."""
@@ -46,8 +61,10 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate | None:
     mean = math.fsum(values) / count
     if count == 1:
         return Estimate(mean, 1, None, None)
+    from scipy.special import stdtrit
+
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Estimate(mean, count, spread, t_quantile((1 + level) / 2, count - 1) * spread / math.sqrt(count))
+    return Estimate(mean, count, spread, float(stdtrit(count - 1, (1 + level) / 2)) * spread / math.sqrt(count))
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float], level: float = LEVEL) -> Estimate | None:
@@ -55,32 +72,18 @@ def paired(first: Mapping[int, float], second: Mapping[int, float], level: float
     return estimate([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], level)
 
 
-def t_cdf(t: float, degrees: int) -> float:
-    """P(T ≤ t) of Student's distribution with whole degrees of freedom (finite series, Abramowitz & Stegun 26.7.3–4).
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value corrected for how many there are, by Holm's method (Scand. J. Statist. 6, 1979), in their order.
 
-    With θ = atan(t/√ν), the mass within ±t is sin θ · (1 + ½cos²θ + ½·¾cos⁴θ + … up to cos^(ν−2)) for even ν, and
-    2/π · (θ + sin θ · (cos θ + ⅔cos³θ + ⅔·⅘cos⁵θ + … up to cos^(ν−2))) for odd ν.
+    Of all that stay at or below α, the chance that even one is an accident is at most α, however the tests hang
+    together: the smallest p is multiplied by their number k, the next by k − 1, and so on; none falls below a smaller
+    one's, nor exceeds 1.
     """
-    theta = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2
-    term = total = 0.0
-    for power in range(odd, degrees - 1, 2):
-        term = (math.cos(theta) if odd else 1.0) if power == odd else term * math.cos(theta) ** 2 * (power - 1) / power
-        total += term
-    within = math.sin(theta) * total
-    return 0.5 + ((theta + within) / math.pi if odd else within / 2)
-
-
-def t_quantile(p: float, degrees: int) -> float:
-    """The t below which Student's distribution has mass p, 0 < p < 1, by bisection over θ = atan(t/√ν)."""
-    low, high = -math.pi / 2, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        if t_cdf(math.sqrt(degrees) * math.tan(middle), degrees) < p:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        corrected[i] = largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return corrected
 
 
 def sensitivity(losses: Mapping[float, float | None], initial: float) -> float | None:
@@ -99,12 +102,21 @@ def sensitivity(losses: Mapping[float, float | None], initial: float) -> float |
     return math.fsum(capped) / len(capped) - min(capped)
 
 
-def verdict(first: str, second: str, difference: Estimate | None, failures: Mapping[str, tuple[int, int]]) -> str:
+def verdict(
+    first: str,
+    second: str,
+    difference: Estimate | None,
+    failures: Mapping[str, tuple[int, int]],
+    p_holm: float | None = None,
+    pairs: int = 1,
+) -> str:
     """What a pair named beforehand comes to, in words that follow from the numbers.
 
     Args:
         difference: first − second in loss, so that a negative one favours the first.
         failures: (failed, run) seeds of each of the two.
+        p_holm: the difference's p-value after Holm's correction; None where it is the only pair.
+        pairs: how many it was corrected for.
     """
     failed = {name: count for name, count in failures.items() if count[0]}
     if failed:
@@ -116,9 +128,16 @@ def verdict(first: str, second: str, difference: Estimate | None, failures: Mapp
     if difference.margin is None:
         return f"{first} against {second}: one seed in common, no interval, nothing shown"
     numbers = f"{difference.mean:+.4f}, {LEVEL:.0%} interval {difference.low:+.4f} to {difference.high:+.4f}"
-    numbers += f", {difference.count} seeds"
+    numbers += f", {difference.count} seeds, p {difference.p_value:.2g}"
+    numbers += "" if p_holm is None else f", after Holm over {pairs} pairs {p_holm:.2g}"
     if not difference.direction:
         return f"{first} against {second}: no difference shown ({numbers})"
     better, worse = (first, second) if difference.direction < 0 else (second, first)
     weight = "" if difference.count >= CLAIM else f"; a look, not a claim, which takes {CLAIM} seeds"
-    return f"{better} ends below {worse} (difference {numbers}{weight})"
+    alone = "" if stands(p_holm) else f" at {LEVEL:.0%}, but not after Holm over {pairs} pairs"
+    return f"{better} ends below {worse}{alone} (difference {numbers}{weight})"
+
+
+def stands(p_holm: float | None) -> bool:
+    """Whether a difference that is shown at `LEVEL` is shown after Holm's correction too."""
+    return p_holm is None or p_holm <= 1 - LEVEL

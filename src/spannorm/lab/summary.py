@@ -6,12 +6,13 @@ Reads the rows of `results.json` alone, so that a summary can be made again on a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spannorm.lab.arms import LARGEST
-from spannorm.lab.statistics import Estimate, estimate, paired, sensitivity, verdict
+from spannorm.lab.statistics import LEVEL, Estimate, estimate, holm, paired, sensitivity, stands, verdict
 
 Row = Mapping[str, Any]
 
@@ -52,7 +53,13 @@ class Pair:
     second: str
     difference: Estimate | None
     """first − second, nats per token."""
+    failures: dict[str, tuple[int, int]]
+    """(failed, run) fresh seeds of each."""
     words: str
+    p: float | None = None
+    """Of the difference, at the seeds that both have; None where no difference is judged: too few, or failures."""
+    p_holm: float | None = None
+    """Corrected for the number of all pairs of the comparison that are judged; None where it is the only one."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,24 @@ def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]
         named = [[arm for name in pair for arm in arms_named(name, arms)] for pair in pairs]
         found = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
         races.append(Race(table, json.loads(cell), [_standing(arm, of) for arm, of in arms.items()], found))
-    return races
+    return _corrected(races)
+
+
+def _corrected(races: Sequence[Race]) -> list[Race]:
+    """The races with each pair's p-value corrected for the number of pairs that are judged, of all conditions."""
+    judged = [pair.p for race in races for pair in race.pairs if pair.p is not None]
+    if len(judged) < 2:
+        return list(races)
+    corrected = iter(holm(judged))
+
+    def pair_of(pair: Pair) -> Pair:
+        if pair.p is None:
+            return pair
+        p = next(corrected)
+        words = verdict(pair.first, pair.second, pair.difference, pair.failures, p, len(judged))
+        return replace(pair, p_holm=p, words=words)
+
+    return [replace(race, pairs=[pair_of(pair) for pair in race.pairs]) for race in races]
 
 
 def arms_named(name: str, arms: Iterable[str]) -> list[str]:
@@ -141,11 +165,12 @@ def _pair(first: str, second: str, arms: Mapping[str, list[Row]]) -> Pair:
     choices = {name: [row for row in arms[name] if row["stage"] == "choice"] for name in (first, second)}
     hopeless = [name for name, rows in choices.items() if rows and all(row["status"] == "failed" for row in rows)]
     difference = paired(_held(ended[first], "test_loss"), _held(ended[second], "test_loss"))
+    failures = {name: (sum(row["status"] == "failed" for row in rows), len(rows)) for name, rows in ended.items()}
     if hopeless:
         words = f"{' and '.join(hopeless)} failed at every learning rate: no difference in loss is claimed"
-        return Pair(first, second, None, words)
-    failures = {name: (sum(row["status"] == "failed" for row in rows), len(rows)) for name, rows in ended.items()}
-    return Pair(first, second, difference, verdict(first, second, difference, failures))
+        return Pair(first, second, None, failures, words)
+    p = difference.p_value if difference and not any(failed for failed, _ in failures.values()) else None
+    return Pair(first, second, difference, failures, verdict(first, second, difference, failures), p)
 
 
 def verdict_lines(races: Sequence[Race]) -> list[str]:
@@ -158,9 +183,13 @@ def verdict_lines(races: Sequence[Race]) -> list[str]:
     lines = [f"{f'{place}: ' if place else ''}{pair.words}." for place, pair in told]
     if len(lines) > _MOST_LINES - 3:
         lines = [_over_conditions(told, pair) for pair in dict.fromkeys((p.first, p.second) for _, p in told)]
-    pairs = len(told)
-    if pairs > 1:
-        lines.append(f"{pairs} intervals of 95% each: about one in twenty misses the truth by chance alone.")
+    judged = [pair for _, pair in told if pair.p_holm is not None]
+    if judged:
+        shown = [pair for pair in judged if pair.difference and pair.difference.direction]
+        lines.append(
+            f"Of {len(judged)} pairs {len(shown)} differ at {LEVEL:.0%}, where about one in twenty would by chance "
+            f"alone; {sum(stands(pair.p_holm) for pair in shown)} still do after Holm over {len(judged)} pairs."
+        )
     standings = [(where(race), s) for race in races for s in race.standings]
     lost = [(place, s.arm) for place, s in standings if len(s.failed_rates) == s.trials > 0]
     lines += _listed("Failed at every learning rate", lost)
@@ -171,13 +200,19 @@ def verdict_lines(races: Sequence[Race]) -> list[str]:
 
 def _over_conditions(told: Sequence[tuple[str, Pair]], names: tuple[str, str]) -> str:
     groups: dict[str, list[str]] = {}
+    standing: Counter[str] = Counter()
     for place, pair in told:
         if (pair.first, pair.second) == names:
             sign = pair.difference.direction if pair.difference else 0
             outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
-            failed = "failed" in pair.words
-            groups.setdefault("cannot be compared for failures" if failed else outcome, []).append(place)
-    parts = [f"{outcome} in {len(places)} ({'; '.join(places)})" for outcome, places in groups.items()]
+            outcome = "cannot be compared for failures" if "failed" in pair.words else outcome
+            groups.setdefault(outcome, []).append(place)
+            standing[outcome] += not sign or stands(pair.p_holm)
+    parts = [
+        f"{outcome} in {len(places)} ({'; '.join(places)})"
+        + (f", after Holm in {standing[outcome]} of them" if standing[outcome] < len(places) else "")
+        for outcome, places in groups.items()
+    ]
     return f"{names[0]} against {names[1]}, of {sum(map(len, groups.values()))} conditions: {', '.join(parts)}."
 
 
