@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "block": (("placements", "shapes"), ("torch",)),
     "torchtitan": (
         ("errors", "placements", "roles", "init", "adopt", "inner_norms"),
-        ("torch", "torchtitan", "spmd_types"),
+        ("numpy", "torch", "torchtitan", "spmd_types"),
     ),
 }
 
