@@ -123,3 +123,9 @@ def test_every_key_of_the_architecture_has_a_kind_and_limits():
     assert own == set(MODEL_KEYS)
     for key in ACTIVATIONS:
         assert not list(ACT2FN[key].parameters())
+
+
+def test_llamas_scaled_rope_is_taken_whatever_the_release_of_transformers():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = SpanNormConfig(vocab_size=17, rope_parameters={**rope, "original_max_position_embeddings": 8192})
+    assert config.rope_parameters["rope_type"] == "llama3"

@@ -192,7 +192,8 @@ class SpanNormConfig(LlamaConfig):
         if self.rope_parameters == {"rope_theta": self.default_theta, "rope_type": "default"}:
             return
         try:
-            turns = LlamaRotaryEmbedding(config=self, device="cpu").inv_freq
+            with torch.device("cpu"):  # not by an argument, which not every release has
+                turns = LlamaRotaryEmbedding(config=self).inv_freq
         except Exception as error:  # the many kinds behind it raise nearly everything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise InputError(f"`rope_parameters` ({shown(self.rope_parameters)}) cannot be used: {reason}.") from None
