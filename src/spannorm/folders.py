@@ -46,7 +46,11 @@ RUN = Kind(
     ("data", "recipe.yaml", "log.txt"),  # the last two from the comparison that the run is a job of
 )
 COMPARISON = Kind(
-    "a comparison", "comparison.json", {"recipe": dict}, ("jobs", "results.json", "report.html", "figures"), ("data",)
+    "a comparison",
+    "comparison.json",
+    {"recipe": dict},
+    ("jobs", "results.json", "report.html", "figures"),
+    ("data", "slurm"),
 )
 EVALUATION = Kind("an evaluation", "results.json", {"model": str, "tasks": dict}, ())
 _KINDS = (RUN, COMPARISON, EVALUATION)

@@ -93,7 +93,7 @@ def test_a_lost_job_is_submitted_again_and_as_often_as_it_got_further(tmp_path: 
         (job.folder / f"checkpoint-{10 * step}").mkdir()
         scheduler.end()
         assert job.poll() is None, "lost, and back in the queue"
-    assert json.loads((job.folder / slurm.TICKET).read_text())["job"] == "9"
+    assert json.loads((tmp_path / "tickets" / "run.json").read_text())["job"] == "9"
     (job.folder / "result.json").write_text("{}")
     assert job.poll() == 0
 

@@ -3,7 +3,7 @@
 All a job needs lies in its folder, on a file system that the nodes share. A job that is to end (time limit, preemption)
 is asked to save, and Slurm queues it again; one that vanished (lost node, `scancel`) is submitted again by whoever
 watches. Either way the run goes on from its last checkpoint. The watcher itself may die: the jobs go on, and the same
-command finds them by the number that each folder holds.
+command finds them by the numbers noted in `slurm/tickets`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from spannorm.files import read_json, write_json
 from spannorm.train.run import RESULT
 
 PLACES = ("here", "slurm")
-TICKET = "slurm.json"
-"""In a job's folder: under which number it was submitted."""
 REFUSED = 2
 """The exit code of a run whose recipe or folder is at fault: another try would end alike."""
 PATIENCE = 3
@@ -99,7 +97,7 @@ class Cluster:
             yield
         for job in self._new:  # an array's numbers are known now
             self.submitted_now(job.job)
-            write_json(job.folder / TICKET, {"job": job.job.job_id, "folder": str(self.folder)})
+            self.note(job)
         self._new = []
 
     def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes]) -> Submitted:
@@ -113,11 +111,21 @@ class Cluster:
 
     def _find(self, folder: Path) -> Any:
         """The job that a folder's ticket names, if it is still in the queue."""
-        if not (folder / TICKET).is_file():
+        if not self._ticket(folder).is_file():
             return None
-        ticket = read_json(folder / TICKET)
+        ticket = read_json(self._ticket(folder))
         job = self.executor.job_class(folder=ticket["folder"], job_id=ticket["job"])
         return None if self.ended(job) else job
+
+    def _ticket(self, folder: Path) -> Path:
+        """Where it stands under which number a job was submitted; its own folder is the run's alone."""
+        return self.folder / "tickets" / f"{folder.name}.json"
+
+    def note(self, job: Submitted) -> None:
+        """Write a submitted job's number down, for whoever watches next."""
+        ticket = self._ticket(job.folder)
+        ticket.parent.mkdir(parents=True, exist_ok=True)
+        write_json(ticket, {"job": job.job.job_id, "folder": str(self.folder)})
 
     def ended(self, job: Any) -> bool:
         """Whether a job is no longer in the queue; Slurm is asked every ten seconds, for all jobs at once."""
@@ -176,7 +184,7 @@ class Submitted:
             return 1 if code is None else code
         self.submit()
         self.cluster.submitted_now(self.job)
-        write_json(self.folder / TICKET, {"job": self.job.job_id, "folder": str(self.cluster.folder)})
+        self.cluster.note(self)
         return None
 
     def terminate(self) -> None:
