@@ -120,6 +120,7 @@ def one_node(folder: Path) -> Iterator[Node]:
             daemon.wait()
         if started_munge is not None:
             started_munge.terminate()
+            started_munge.wait()
 
 
 if __name__ == "__main__":
