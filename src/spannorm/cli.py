@@ -66,6 +66,16 @@ def writable(path: Path | None) -> Path | None:
     return None if path is None else check_writable(path)
 
 
+Finished = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        metavar="FILE",
+        help="Finished runs to take over: a file of `results merge`, or another comparison's folder. Repeatable.",
+    ),
+]
+
+
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -118,6 +128,7 @@ def compare(
     on: On = "here",
     slurm: Slurm = None,
     dry_run: DryRun = False,
+    finished: Finished = None,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
     from spannorm.lab.cost import cost, in_words, is_large
@@ -131,7 +142,8 @@ def compare(
     if cost_only or (is_large(loaded) and not print_commands):
         typer.echo(in_words(cost(loaded)))
     if not cost_only:
-        _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, print_results)
+        show, taken = print_results, finished or ()
+        _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, taken)
 
 
 @app.command()
@@ -146,6 +158,7 @@ def ladder(
     on: On = "here",
     slurm: Slurm = None,
     dry_run: DryRun = False,
+    finished: Finished = None,
 ) -> None:
     """Train each arm at several sizes: what it saves in compute, with intervals; the largest is predicted first."""
     from spannorm.lab.ladder.outcome import lines
@@ -165,7 +178,7 @@ def ladder(
             typer.echo(line)
         typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
 
-    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show)
+    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, finished or ())
 
 
 @app.command(name="max-lr")
@@ -180,6 +193,7 @@ def max_lr(
     on: On = "here",
     slurm: Slurm = None,
     dry_run: DryRun = False,
+    finished: Finished = None,
 ) -> None:
     """Find the largest learning rate that each arm takes, by ramps; a table, results.json, report.html. Resumes."""
     from spannorm.lab.max_lr import print_tolerances, ramps
@@ -192,7 +206,7 @@ def max_lr(
         print_tolerances(results["arms"])
         typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
 
-    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show)
+    _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, finished or ())
 
 
 def _compared(
@@ -205,6 +219,7 @@ def _compared(
     slurm: Sequence[str],
     dry_run: bool,
     show: Callable[[dict[str, Any], Path], object],
+    finished: Sequence[Path],
 ) -> None:
     """Run a comparison, or print what would be run."""
     from spannorm.lab.compare import compare
@@ -212,27 +227,51 @@ def _compared(
 
     folder = out or Path("runs") / recipe.name
     if print_commands or dry_run:
-        typer.echo(_to_be_run(recipe, folder, imports, on, slurm, dry_run), nl=False)
+        typer.echo(_to_be_run(recipe, folder, imports, on, slurm, dry_run, finished), nl=False)
         return
     if pool := cluster(on, folder, slurm):
         folder = folder.absolute()
-    results = compare(recipe, folder, imports=imports, at_once=jobs, pool=pool)
+    results = compare(recipe, folder, imports=imports, at_once=jobs, pool=pool, finished=finished)
     show(results, folder)
     if not results["complete"]:
         sys.exit(1)
 
 
-def _to_be_run(recipe: Recipe, out: Path, imports: Sequence[Path], on: str, slurm: Sequence[str], dry_run: bool) -> str:
+def _to_be_run(
+    recipe: Recipe,
+    out: Path,
+    imports: Sequence[Path],
+    on: str,
+    slurm: Sequence[str],
+    dry_run: bool,
+    finished: Sequence[Path],
+) -> str:
     """A command a line for each job that can be run now, or the array that they would be submitted as."""
     from spannorm.lab.compare import commands
     from spannorm.lab.slurm import parse_settings, sbatch_text
 
     if dry_run and on != "slurm":
         raise InputError("--dry-run is for --on slurm: here, --print-commands prints what would be run.")
-    lines = commands(recipe, out, imports=imports)
+    lines = commands(recipe, out, imports=imports, finished=finished)
     if not dry_run:
         return "".join(f"{line}\n" for line in lines)
     return sbatch_text(out / "slurm", lines, parse_settings(slurm)) + "\n" if lines else "# every job has its result\n"
+
+
+results_app = typer.Typer(help="Finished runs of comparisons, to hand on.", no_args_is_help=True)
+app.add_typer(results_app, name="results")
+
+
+@results_app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Comparisons' folders, or merged files.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+) -> None:
+    """Collect finished runs in one file, for `compare --results` on another machine or another day."""
+    from spannorm.lab.handover import merge
+
+    kept, equal = merge(sources, out)
+    typer.echo(f"{out}  {kept} finished runs" + (f", {equal} more were equal to one of them" if equal else ""))
 
 
 @app.command()

@@ -137,6 +137,8 @@ def test_the_report_says_the_verdict_and_shows_fresh_seeds_apart_from_the_choice
         assert line in words
     assert "3 learning rates on one seed and the validation split" in words and "5 fresh seeds" in words
     assert all(f"{depth} blocks" in words for depth in (2, 4, 8))
+    assert "The pairs named beforehand in numbers (3)" in words and "p after Holm over 3" in words
+    assert "span none − pre none 8 blocks 5 -0.0200 -0.0220 to -0.0180" in words
     assert "2.0600" in words and "± 0.3735" in words, "PreNorm's mean test loss; 2.776·0.30083/√5"
 
 

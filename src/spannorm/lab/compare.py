@@ -26,6 +26,7 @@ from spannorm.console import PlainConsole, say
 from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
 from spannorm.folders import claim, sweep
+from spannorm.lab.handover import handed_over
 from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import ladder_outcome, sealed
 from spannorm.lab.plan import Job, Plan
@@ -48,7 +49,13 @@ COMPARISON, RESULTS = "comparison.json", "results.json"
 
 
 def compare(
-    recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), at_once: int = 0, pool: Pool | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    imports: Sequence[Path] = (),
+    at_once: int = 0,
+    pool: Pool | None = None,
+    finished: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run a comparison, or go on with it, and return what `results.json` holds.
 
@@ -56,6 +63,8 @@ def compare(
         imports: Python files that every job runs first, to register placements of the user's own.
         at_once: how many jobs; 0: one per GPU, or as many as the cores carry at `train.threads` each (0: one thread).
         pool: where jobs run, with `out` on a file system of theirs; None: here.
+        finished: folders of other comparisons, or files of `spannorm results merge`, whose runs are taken over where
+            they are the same (spannorm.lab.handover).
 
     A finished job is never run twice; an interrupted one goes on from its last checkpoint.
 
@@ -63,7 +72,7 @@ def compare(
         InputError: bad recipe or folder, before any time is spent.
         Stopped: Ctrl-C, after the running jobs have saved.
     """
-    with _opened(recipe, out, imports, at_once, pool) as (runner, about):
+    with _opened(recipe, out, imports, at_once, pool, finished=finished) as (runner, about):
 
         def record(complete: bool) -> dict[str, Any]:
             arms = runner.arms()
@@ -85,19 +94,26 @@ def compare(
     return results
 
 
-def commands(recipe: Recipe, out: Path, *, imports: Sequence[Path] = ()) -> list[str]:
+def commands(recipe: Recipe, out: Path, *, imports: Sequence[Path] = (), finished: Sequence[Path] = ()) -> list[str]:
     """A shell command for each job that is not finished and can be known, for any scheduler; tokens are made ready.
 
     Under a protocol the jobs of the next round depend on this one's: ask again until nothing is left. `compare` then
     gathers the results without running anything. Errors are those of `compare`.
     """
-    with _opened(recipe, out.absolute(), [path.absolute() for path in imports], 0, here=False) as (runner, _):
+    imports = [path.absolute() for path in imports]
+    with _opened(recipe, out.absolute(), imports, 0, here=False, finished=finished) as (runner, _):
         return runner.commands()
 
 
 @contextmanager
 def _opened(
-    recipe: Recipe, out: Path, imports: Sequence[Path], at_once: int, pool: Pool | None = None, here: bool = True
+    recipe: Recipe,
+    out: Path,
+    imports: Sequence[Path],
+    at_once: int,
+    pool: Pool | None = None,
+    here: bool = True,
+    finished: Sequence[Path] = (),
 ) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A comparison's folder with its data ready, for one process alone."""
     claim(out, folders.COMPARISON)
@@ -120,6 +136,7 @@ def _opened(
         about = _about(recipe, jobs[0], tokens[jobs[0].recipe.data])
         about["needs"] = asdict(plan.largest) if plan.largest else None
         planner = plan.jobs if isinstance(plan, Plan) else sealed(plan, out)
+        planner = handed_over(planner, finished, tokens, out)
         yield Runner(out, planner, data, imports, at_once, pool), about
 
 

@@ -33,7 +33,7 @@ from spannorm.lab.panels import STYLE
 from spannorm.lab.routing import draw_routing
 from spannorm.lab.rows import Row, arms_and_rows, strip
 from spannorm.lab.sheets import HEADER, sheet
-from spannorm.lab.summary import condition, summarize, verdict_lines
+from spannorm.lab.summary import Race, condition, summarize, verdict_lines, where
 from spannorm.lab.tolerance import Tolerance, tolerance_lines, tolerances
 from spannorm.lab.words import about, behind, count, number
 from spannorm.text import file_name
@@ -104,11 +104,13 @@ def draw_report(directory: Path) -> Path:
             mine = [t for t in ramps if t.table == table]
             drawn = draw_tolerances(mine, look, _peak(results, mine)) if mine else draw_conditions(races)
             across += folder.save(drawn, table)
+    judged = _races(results)
     page = _environment().get_template("report.html.jinja").render(
         results=results,
         about=about(results, len({(table, *key) for (table, _), groups in parts.items() for key in groups})),
         behind=behind([rates for groups in parts.values() for rates in groups.values()], jobs),
-        verdict=_verdict(results, ramps),
+        verdict=_verdict(results, ramps, judged),
+        pairs=[(where(race), pair) for race in judged for pair in race.pairs if pair.p is not None],
         across=across,
         tolerances=ramps,
         shares=SHARES,
@@ -152,13 +154,20 @@ def _environment() -> Environment:
     return environment
 
 
-def _verdict(results: Mapping[str, Any], ramps: Sequence[Tolerance]) -> list[str]:
+def _races(results: Mapping[str, Any]) -> list[Race]:
+    """What a protocol came to; nothing where there was none, or a ladder's."""
+    protocol = (results["recipe"].get("compare") or {}).get("protocol") or {}
+    if not protocol.get("seeds") or results["ladder"]:
+        return []
+    return summarize(results["arms"], protocol.get("pairs") or [])
+
+
+def _verdict(results: Mapping[str, Any], ramps: Sequence[Tolerance], races: Sequence[Race]) -> list[str]:
     if ramps:
         return tolerance_lines(ramps)
     if results["ladder"]:
         return [str(line) for line in results["ladder"].get("words") or ()]
-    protocol = (results["recipe"].get("compare") or {}).get("protocol") or {}
-    return verdict_lines(summarize(results["arms"], protocol.get("pairs") or [])) if protocol.get("seeds") else []
+    return verdict_lines(races) if races else []
 
 
 def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Drawing]:

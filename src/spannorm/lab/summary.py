@@ -173,12 +173,13 @@ def _pair(first: str, second: str, arms: Mapping[str, list[Row]]) -> Pair:
     return Pair(first, second, difference, failures, verdict(first, second, difference, failures), p)
 
 
+def where(race: Race) -> str:
+    """A race in words; empty where a comparison has one alone."""
+    return ", ".join(filter(None, [race.table, race.condition]))
+
+
 def verdict_lines(races: Sequence[Race]) -> list[str]:
     """The whole comparison in ten lines at most: the pairs first, then what failed and what a reader must know."""
-
-    def where(race: Race) -> str:
-        return ", ".join(filter(None, [race.table, race.condition]))
-
     told = [(where(race), pair) for race in races for pair in race.pairs]
     lines = [f"{f'{place}: ' if place else ''}{pair.words}." for place, pair in told]
     if len(lines) > _MOST_LINES - 3:

@@ -36,6 +36,10 @@ def behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -
     """What stands behind the figures: the number of seeds and rates, and what may be said with so many."""
     states = Counter("finished" if job["status"] == "ok" else job["status"] for job in jobs)
     told = f"Of {plural(len(jobs), 'job')}, {', '.join(f'{n} {status}' for status, n in states.most_common())}."
+    elsewhere = sum("taken_from" in job for job in jobs)
+    told += f" {plural(elsewhere, 'result')} taken over from elsewhere (`taken_from` in results.json)." * bool(
+        elsewhere
+    )
     fresh = {job["seed"] for job in jobs if job["stage"] == "confirmation"}
     if any(job["stage"] for job in jobs):
         look = "" if len(fresh) >= CLAIM else f": a look, not a claim, which takes {CLAIM} seeds"

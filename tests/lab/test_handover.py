@@ -1,0 +1,91 @@
+"""Finished runs handed from one comparison to another: taken over where they are the same, and only there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spannorm.cli import app
+from spannorm.errors import InputError
+from spannorm.lab.compare import commands, compare
+from spannorm.lab.handover import identity, merge, read_finished
+from spannorm.lab.plan import Plan
+from spannorm.train.recipe import CompareRecipe, Recipe
+from spannorm.train.run import run_recipe
+
+ARMS = ({"model.placement": "pre"}, {"model.placement": "span"})
+
+
+@pytest.fixture(scope="module")
+def small(recipe: Recipe) -> Recipe:
+    train = replace(recipe.train, steps=6, checkpoint_every=6, probe_every=6, warmup_steps=1)
+    return replace(recipe, train=train, compare=CompareRecipe(arms=ARMS))
+
+
+@pytest.fixture(scope="module")
+def done(small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of the two arms, on a machine that called its recipe something else."""
+    out = tmp_path_factory.mktemp("elsewhere") / "out"
+    compare(replace(small, name="another day", compare=CompareRecipe(arms=ARMS[:1])), out)
+    return out
+
+
+def test_a_run_that_was_finished_elsewhere_is_not_run_again(
+    small: Recipe, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = CliRunner().invoke(app, ["results", "merge", str(done), str(done), "--out", str(tmp_path / "done.json")])
+    assert ran.exit_code == 0 and "1 finished runs, 1 more were equal" in ran.stdout
+    assert len(commands(small, tmp_path / "both", finished=[tmp_path / "done.json"])) == 1, "the other arm is left"
+    one = replace(small, compare=CompareRecipe(arms=ARMS[:1]))
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    for source in (tmp_path / "done.json", done):
+        out = tmp_path / source.stem
+        results = compare(one, out, finished=[source])
+        (arm,), (before,) = results["arms"], json.loads((done / "results.json").read_text())["arms"]
+        assert results["complete"] and arm["val_loss"] == before["val_loss"] and arm["job"] != before["job"]
+        assert arm["taken_from"]["source"].startswith(str(source))
+        assert "1 result taken over from elsewhere" in (out / "report.html").read_text()
+        run = json.loads((out / "jobs" / arm["job"] / "run.json").read_text())
+        assert run["recipe"] == json.loads(json.dumps(run_recipe(Plan(one).jobs({})[0].recipe)))
+    assert (tmp_path / "out" / "jobs" / arm["job"] / "records.jsonl").is_file(), "a folder has the curves too"
+    assert commands(one, tmp_path / "out") == []
+
+
+def test_another_recipe_other_tokens_or_another_version_are_another_run(
+    small: Recipe, done: Path, tmp_path: Path
+) -> None:
+    merge([done], tmp_path / "done.json")
+    raw = json.loads((tmp_path / "done.json").read_text())
+    one = replace(small, compare=CompareRecipe(arms=ARMS[:1]))
+
+    def left(name: str, recipe: Recipe = one) -> int:
+        (tmp_path / "done.json").write_text(json.dumps(raw))
+        return len(commands(recipe, tmp_path / name, finished=[tmp_path / "done.json"]))
+
+    assert left("same") == 0
+    assert left("rate", replace(one, train=replace(one.train, learning_rate=0.02))) == 1
+    assert left("data", replace(one, data=replace(one.data, validation_fraction=0.3))) == 1
+    raw["finished"][0]["run"]["versions"]["spannorm"] = "0.0.1"
+    assert left("version") == 1
+
+
+def test_the_name_and_the_place_of_the_text_are_free(recipe: Recipe) -> None:
+    run = run_recipe(recipe)
+    same = identity(run | {"name": "x", "data": {**run["data"], "corpus": "/somewhere/else"}}, "tokens", "1")
+    assert same == identity(json.loads(json.dumps(run)), "tokens", "1"), "tuples and lists are the same"
+    assert same != identity(run | {"model": {**run["model"], "hidden_size": 64}}, "tokens", "1")
+
+
+def test_what_holds_no_finished_run_is_refused_in_words(done: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished run"):
+        read_finished(tmp_path)
+    (tmp_path / "cut.json").write_text('{"finished": [{"run": {}}]}')
+    with pytest.raises(InputError, match=r"cut\.json.*finished\[0\]"):
+        read_finished(tmp_path / "cut.json")
+    with pytest.raises(InputError, match="cannot write to"):
+        merge([done], tmp_path / "cut.json" / "deeper.json")
