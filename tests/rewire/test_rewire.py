@@ -429,7 +429,7 @@ def test_a_model_that_is_refused_is_as_it_was(harm, init):
 def test_whatever_fails_inside_leaves_the_model_as_it_was(step, monkeypatch):
     model = tiny_model("llama").eval()
     logits, wiring = model(IDS, use_cache=False).logits, str(model)
-    where = sys.modules["spannorm.rewiring.rewire"]
+    where = sys.modules["spannorm.rewiring.change"]
     real, calls = getattr(where, step), []
 
     def breaks(*given: Any) -> Any:
