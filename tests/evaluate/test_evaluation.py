@@ -89,9 +89,10 @@ def test_a_rewired_model_is_evaluated_from_its_folder(longer, tmp_path):
     package.rewire(rewired, "span")
     rewired.save_pretrained(tmp_path / "model")
     longer[1].tokenizer().save_pretrained(tmp_path / "model")
-    ran = spannorm("eval", tmp_path / "model", "--questions", 30, "--data", longer[1].directory, "--out", tmp_path)
+    ran = spannorm("eval", tmp_path / "model", "--questions", 30, "--data", longer[1].directory,
+                   "--out", tmp_path / "scores")  # fmt: skip
     assert ran.returncode == 0 and ran.stderr == "", ran.stderr
-    scores = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    scores = json.loads((tmp_path / "scores" / "results.json").read_text())["tasks"]
     assert all(0 < score["metrics"]["acc"]["value"] < 0.7 for score in scores.values())
 
 

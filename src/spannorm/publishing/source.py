@@ -104,7 +104,8 @@ def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    named = [n for target in targets for n in ast.walk(target)]  # `a, b = 1, 2` defines both
+    return [n.id for n in named if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def _is_string(node: ast.stmt) -> bool:
