@@ -67,6 +67,9 @@ def test_a_chunked_loss_trains_the_same_model(recipe, tokens, tmp_path):
 def test_a_run_writes_what_it_promises(finished: Path, tokens: TokenData) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result.keys() >= RESULT_KEYS
+    reached = result["tokens_per_second"] * result["flops_per_token"]
+    assert result["matrix_share"] * result["matrix_rate"] == pytest.approx(reached)
+    assert 1e8 < result["matrix_rate"] < 1e13 and 0 < result["matrix_share"] < 1, "so small a model is far below it"
     assert (result["status"], result["reason"], result["depth_rule"]) == ("ok", None, "1/sqrt(L)")
     assert result["val_loss"] < math.log(257), "it has learned something"
     bits = result["val_loss"] / math.log(2) * tokens.splits["validation"].tokens / tokens.splits["validation"].bytes

@@ -149,7 +149,7 @@ _ROW = {
     **dict.fromkeys(("learning_rate?", "val_loss?", "test_loss?", "bits_per_byte?", "unigram_loss?"), float),
     **dict.fromkeys(("initial_loss?", "max_grad_norm?", "spikes?", "spike_score?", "tokens_per_second?"), float),
     **dict.fromkeys(("tokens?", "depth?", "parameters?", "body_parameters?", "active_parameters?"), float),
-    "flops_per_token?": float,
+    "flops_per_token?": float, "matrix_share?": float,
     "overrides?": dict, "cell?": dict, "tables?": [str],
     "collapse?": {name: [_NUMBER] for name in ("effective_rank", "skip_cost", "spectrum")},
     "evaluation?": {str: {"metrics": {str: _METRIC}, "questions": int, "chance?": float, "questions_sha256?": str}},

@@ -88,7 +88,7 @@ def _row(
     shown = held_jobs(group) or group
     values = {
         key: values_of(shown, key)
-        for key in (*keys, "parameters", "body_parameters", "active_parameters", "flops_per_token")
+        for key in (*keys, "matrix_share", "parameters", "body_parameters", "active_parameters", "flops_per_token")
     }
     means = {key: float(np.mean(v)) if v else None for key, v in values.items()}
     said = []

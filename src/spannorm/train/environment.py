@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,23 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": torch.cuda.device_count() if cuda else 0,
     }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations per second of a bare product of two square matrices: the best of a few, on all threads.
+
+    What a training step could reach at most; with other work on the machine, now.
+    """
+    draw = torch.Generator(device).manual_seed(0)  # its own: a measurement must not change what is drawn later
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=draw) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def memory() -> int:

@@ -14,8 +14,9 @@ from spannorm.models import SpanNormForCausalLM
 from spannorm.routing import RoutingRecord
 from spannorm.train.data import TokenData
 from spannorm.train.engine import uses_bf16
-from spannorm.train.environment import machine, versions
+from spannorm.train.environment import machine, matrix_rate, versions
 from spannorm.train.health import failure, spike_steps
+from spannorm.train.processes import count
 from spannorm.train.ramp import tolerated
 from spannorm.train.recipe import Recipe
 from spannorm.train.recorder import PROBE, PROBES, RECORD, RECORDS
@@ -71,6 +72,9 @@ def summarize(
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
     probes = read_jsonl(out / PROBES, PROBE)
     routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
+    dtype = torch.bfloat16 if uses_bf16(t) else torch.float32
+    rate = matrix_rate(model.device, dtype) * count()
+    per_token = flops_per_token(model, t.sequence_length)
     idle, body = model.idle_parameters(), body_parameters(model)
     return {
         "placement": config.placement,
@@ -90,11 +94,13 @@ def summarize(
         "spike_score": len(spiked) / len(records),
         "max_grad_norm": max(after_warmup, default=None),
         "tokens_per_second": per_step / seconds,
+        "matrix_rate": rate,
+        "matrix_share": per_step / seconds * per_token / rate,
         "seconds": sum(r["seconds"] for r in records),
         "parameters": model.num_parameters(),
         "active_parameters": model.num_parameters() - idle,
         "body_parameters": body,
-        "flops_per_token": flops_per_token(model, t.sequence_length),
+        "flops_per_token": per_token,
         "depth": config.num_hidden_layers,
         "steps": t.steps,
         "steps_done": len(records),
