@@ -96,7 +96,9 @@ def wait_for_a_checkpoint(out: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda s: s.name
+)
 def test_a_stopped_comparison_goes_on_to_the_same_losses(
     comparison: Recipe, finished: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

@@ -131,6 +131,7 @@ def comparison(recipe: Recipe) -> Recipe:
     return replace(recipe, train=t, compare=CompareRecipe(arms=arms))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # submitit lets go of a local job's process before it has ended
 def test_a_comparison_through_submitit_has_all_its_results(comparison: Recipe, tmp_path: Path) -> None:
     short = replace(comparison, train=replace(comparison.train, steps=5, probe_every=5))

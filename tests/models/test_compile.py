@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from spannorm.placements import PLACEMENTS
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
 
 CODE = """
 import sys, torch
-from spannorm import PLACEMENTS
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 
 torch.set_num_threads(1)
 x = torch.randint(37, (2, 9))
-for placement in PLACEMENTS:
-    for rule in sys.argv[2:]:
+for placement in sys.argv[2].split(","):
+    for rule in sys.argv[3:]:
         torch._dynamo.reset()
         model = SpanNormForCausalLM(SpanNormConfig(
             vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -36,21 +37,29 @@ for placement in PLACEMENTS:
 """
 
 
-def compiled(backend: str, *rules: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", CODE, backend, *rules], capture_output=True, text=True, check=False)
+def compiled(backend: str, *rules: str, placements: Iterable[str] = PLACEMENTS) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, backend, ",".join(placements), *rules], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def same(*rules: str) -> list[str]:
-    from spannorm.placements import PLACEMENTS
-
     return [f"same {placement} {rule}" for placement in PLACEMENTS for rule in rules]
 
 
-def test_the_model_is_one_graph_with_the_same_logits_and_gradients():
+FORMS = ("span", "pre", "hybrid", "normformer", "siamese", "channel", "mhc", "gated", "attnres_block", "averaged")
+"""One of each form of code; all placements are among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "placements", [FORMS, pytest.param(tuple(PLACEMENTS), marks=pytest.mark.slow)], ids=["forms", "all"]
+)
+def test_the_model_is_one_graph_with_the_same_logits_and_gradients(placements):
     # "eager" captures the whole graph and generates no code: seconds instead of minutes
-    assert compiled("eager", "1/sqrt(L):forward") == same("1/sqrt(L):forward")
+    rule = "1/sqrt(L):forward"
+    assert compiled("eager", rule, placements=placements) == [f"same {placement} {rule}" for placement in placements]
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def test_the_theory_takes_every_option(name):
     assert (given.total_attention_share == plain.total_attention_share) == same
 
 
-@pytest.mark.parametrize("rule", ["none", "1/sqrt(L)"])
+@pytest.mark.parametrize("rule", [pytest.param("none", marks=pytest.mark.slow), "1/sqrt(L)"])
 @pytest.mark.parametrize("placement", [
     pytest.param(name, marks=[pytest.mark.slow] if FACTS[name].state(1) == (4,) else [])
     for name in FOLLOWED if not FACTS[name].opens  # a state that grows is worked out block by block, at any depth

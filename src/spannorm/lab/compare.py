@@ -120,7 +120,7 @@ def _opened(
     least = len(recipe.compare.arms) * math.prod(map(len, recipe.compare.grid.values()))
     if least > _MANY:
         say(PlainConsole(stderr=True), f"planning {least:,} runs")
-    plan = LadderPlan(recipe) if recipe.ladder.sizes else Plan(recipe, here)
+    plan = LadderPlan(recipe, here) if recipe.ladder.sizes else Plan(recipe, here)
     make_folder(out)
     with alone_in(out), writing_to(out):
         sweep(out)

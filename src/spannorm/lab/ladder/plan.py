@@ -40,7 +40,7 @@ class LadderPlan:
         InputError: as `rungs` and `Plan`; fewer than three learning rates; no arms.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, here: bool = True) -> None:
         self.recipe, self.rungs = recipe, rungs(recipe)
         grid = dict(recipe.compare.grid)
         if set(grid) - {RATE}:
@@ -53,7 +53,7 @@ class LadderPlan:
         if any(key in arm for arm in recipe.compare.arms for key in (RATE, SEED)):
             raise InputError(f"a ladder chooses each arm's {RATE} and {SEED}: take them out of compare.arms.")
         grid["rung"] = tuple(rung.overrides for rung in self.rungs)
-        self.plan = Plan(replace(recipe, compare=replace(recipe.compare, grid=grid)))
+        self.plan = Plan(replace(recipe, compare=replace(recipe.compare, grid=grid)), here)
         self.entrants: list[list[Entrant]] = list(self.plan.races.values())
         """By rung, in the order of the arms."""
         self.seeds = recipe.compare.protocol.seeds or (recipe.train.seed,)
