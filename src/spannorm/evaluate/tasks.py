@@ -177,15 +177,17 @@ def _from_harness(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No notices and no bars of the libraries, which would tear the live table; errors are exceptions all the same."""
-    import datasets
-
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
     bars = [
-        (datasets.disable_progress_bars, datasets.enable_progress_bars, datasets.are_progress_bars_disabled()),
         (transformers_logging.disable_progress_bar, transformers_logging.enable_progress_bar,
          not transformers_logging.is_progress_bar_enabled()),
     ]  # fmt: skip
+    if find_spec("datasets") is not None:  # it comes with the extra `eval`
+        import datasets
+
+        off = datasets.are_progress_bars_disabled()
+        bars.append((datasets.disable_progress_bars, datasets.enable_progress_bars, off))
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     for disable, _, _ in bars:
