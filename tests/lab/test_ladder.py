@@ -186,3 +186,4 @@ def test_an_arm_that_fails_everywhere_ends_there():
             results[step.job.name] = {"status": "failed", "val_loss": None, "test_loss": None} if fails else run(step)
     found = outcome(plan, results, None)
     assert list(found["fit"]["arms"]) == ["pre 1/sqrt(2L)"] and found["pairs"] == []
+    assert "span 1/sqrt(L) failed at every learning rate of the smallest sizes: it has no curve" in found["words"]

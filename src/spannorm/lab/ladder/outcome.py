@@ -199,6 +199,9 @@ def words(found: Mapping[str, Any]) -> list[str]:
                 f"{arm}: the largest size was predicted to come to {said['loss']:.4f} ({said['low']:.4f} to "
                 f"{said['high']:.4f}) and came to {said['measured']:.4f}, {inside} the interval"
             )
+    for arm, rates in found["rates"].items():
+        if not any(rates.values()):
+            said_of.append(f"{arm} failed at every learning rate of the smallest sizes: it has no curve")
     for check in found["checks"]:
         if check["best"] != check["carried"]:
             said_of.append(
