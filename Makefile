@@ -4,6 +4,7 @@
 # make test-gpu  what only a GPU shows, where there is one
 # make test-hf  Transformers' own tests on our models: a table and runs/hf/results.json
 # make families  audits every causal-LM family of Transformers: docs/families.md, minutes
+# make docs-site  the documentation site in runs/site: guides, and a reference from the docstrings
 # make bench  ours and its rivals in turns: a table and runs/bench.json
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu test-hf check lint docs families bench clean
+.PHONY: install demo test test-slow test-gpu test-hf check lint docs docs-site families bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -47,13 +48,18 @@ test-hf: install
 	$(BIN)/python tests_hf/run.py --json runs/hf/results.json
 
 lint: install
-	$(BIN)/ruff check src tests tests_hf benchmarks examples
-	$(BIN)/ruff format --check src tests tests_hf benchmarks examples
+	$(BIN)/ruff check src tests tests_hf benchmarks examples site
+	$(BIN)/ruff format --check src tests tests_hf benchmarks examples site
 	$(BIN)/mypy
 
 docs: install
 	$(BIN)/python -c 'from spannorm.catalog import markdown; print(markdown(), end="")' > docs/placements.md
 	$(BIN)/python -m spannorm.train.packages > docs/corpus.md
+
+docs-site: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python site/build.py --out runs/site
+	@echo "runs/site/index.html is the first page; its search needs a server: $(BIN)/python -m http.server -d runs/site"
 
 families: install
 	$(BIN)/python -m spannorm.rewiring.survey > docs/families.md

@@ -38,10 +38,10 @@ class DepthUse:
     """By block: the rise of the loss when its output is the best linear map of its input, by least squares; NaN where
     there are fewer tokens than twice the channels of its input."""
     causal: list[list[float]]
-    """[l][k]: ‖Δ'_k − Δ_k‖/‖Δ_k‖ over tokens and channels, Δ_k what block k changes between its points and Δ'_k the
+    """`[l][k]`: ‖Δ'_k − Δ_k‖/‖Δ_k‖ over tokens and channels, Δ_k what block k changes between its points and Δ'_k the
     same when block l is skipped; 0 for k ≤ l, NaN where Δ_k is 0."""
     permutation: list[list[float]]
-    """[l][k]: |change of the loss|/loss when blocks l and k have exchanged their weights; NaN where not measured."""
+    """`[l][k]`: |change of the loss|/loss when blocks l and k have exchanged their weights; NaN where not measured."""
     logit_lens: list[float]
     """By point: the loss when the rest of the blocks is skipped, the model's own norm and head after it."""
     jacobian: list[float]
