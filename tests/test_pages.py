@@ -40,6 +40,8 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: str) -> None:
 def test_every_file_that_is_named_exists(page: str) -> None:
     for path in re.findall(r"`((?:docs|recipes|tests|tests_hf|benchmarks|examples|src|site)/[\w./-]+)`", PAGES[page]):
         assert (ROOT / path).exists(), path
+    for name in re.findall(r"^ {6}(\S+\.py|\w+/)(?:, (\w+\.py|\w+/))? ", PAGES[page], re.MULTILINE):
+        assert all((ROOT / "src" / "spannorm" / part).exists() for part in name), name
     for target in re.findall(r"`make ([\w-]+)`|^ {4}make ([\w-]+)", PAGES[page], re.MULTILINE):
         name = "".join(target)
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), f"make {name}"
@@ -65,7 +67,7 @@ def commands(text: str) -> list[str]:
 def words_of(command: str) -> list[str]:
     """The words of a command line: without its comment or redirection, with what stands in [ ] as if it were given."""
     command = re.sub(r"(?<=\s)\[([^\]=]*|--set [^\]]*)\](?=\s|$)", r"\1", command.replace("…", "").replace("...", ""))
-    command = re.split(r"\s+#|\s\s+[a-z][\w'-]* [\w'-]+ |\s[<>|]", command)[0]
+    command = re.split(r"\s+#|\s[<>|]", command)[0]
     return shlex.split(command)[1:]
 
 
