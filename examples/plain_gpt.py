@@ -1,4 +1,4 @@
-"""A GPT of one's own, with GPT-2's names, in SpanNorm: init, receipt, optimizer, probe and theory on plain PyTorch.
+"""A GPT in plain PyTorch with SpanNorm and GPT-2's names: init, receipt, optimizer, probe and theory.
 
 python examples/plain_gpt.py
 """

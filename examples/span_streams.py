@@ -1,9 +1,9 @@
-"""SpanNorm's block on n streams, as a placement of one's own: a skip that spans the block, and a norm on every sum.
+"""SpanNorm's block on n streams, as a placement in your own file: a skip that spans the block, and a norm on every sum.
 
     spannorm theory --placements span,span_all,span_turns --depth-rules 'none,1/sqrt(L)' --depths 32,128 \
         --import examples/span_streams.py
 
-What it comes to, and why it is no option of `span` today: docs/theory.md, "SpanNorm with streams".
+The result, and why it is not an option of `span` today: docs/theory.md, "SpanNorm with streams".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STREAMS = 4
 
 
 class _SpanStreams(Placement):
-    """Attention and FFN read one mixture of the streams, and the FFN is written to each as hyper-connections do it.
+    """Attention and FFN read one mixture of the streams, and the FFN is written to each stream as in hyper-connections.
 
     Equation: `u = Σ α_i R_i`, `h = N(u + c·A(u))`, `R'_j = N(Σ_i M_ij R_i + β_j c·F(h))`, α, M, β learned.
     Ends: the embedding is normalized once and copied n times; the mean of the streams leaves; a final norm.

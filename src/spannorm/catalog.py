@@ -88,13 +88,17 @@ def markdown() -> str:
     lines = [
         "# Placements",
         "",
-        "Generated from the docstrings in `src/spannorm/placements/` by `make docs`.",
+        "This page is for looking up a placement: its equation, its init, its source, and what in it is our own reading. "
+        "`make docs` generates it from the docstrings in `src/spannorm/placements/`. `spannorm placements` prints the "
+        "list, `spannorm placements NAME` one entry.",
         "",
-        "`N` is a norm with a learned gain, `A` attention, `F` the feed-forward, `x` the block's input, `h` what "
-        "stands between the sublayers, `x'` the block's output, `L` the number of blocks, `b` the block's index from "
-        "0. `c` is the factor of a `:forward` [depth rule](depth_rules.md), or its learned gain; without one it is 1. "
-        "Any depth rule runs with any placement; a pair that the method's authors discourage warns, with reason and "
-        "source. `spannorm placements` prints this list, `spannorm placements NAME` one entry.",
+        "`N` is a norm with a learned gain, `A` attention, `F` the feed-forward. `x` is the block's input, `h` is what "
+        "stands between the sublayers, and `x'` is the block's output. `L` is the number of blocks, and `b` is the "
+        "block's index from 0. `c` is the factor of a `:forward` [depth rule](depth_rules.md), or its learned gain; "
+        "without such a rule it is 1.",
+        "",
+        "Any depth rule runs with any placement. If the method's authors advise against a pair, the pair gives a "
+        "warning, with the reason and the source.",
         "",
         "| name | equation | default depth rule | recommended base init |",
         "|---|---|---|---|",

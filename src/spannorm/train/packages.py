@@ -176,9 +176,9 @@ def markdown(lock: Lock) -> str:
     total = ", ".join(f"{split} {held[split]:.1f}" for split in SPLITS)
     return f"""# The corpus `packages`
 
-Made by `python -m spannorm.train.packages > docs/corpus.md` from the lock, `src/spannorm/train/packages.yaml`, which has each wheel's file name and SHA-256. How it becomes tokens: [training.md](training.md).
+This page is for looking up what the corpus `packages` holds, and under which licences. [training.md](training.md) explains how it becomes tokens. `python -m spannorm.train.packages > docs/corpus.md` makes the page from the lock, `src/spannorm/train/packages.yaml`, which has each wheel's file name and SHA-256.
 
-Well-known packages of hand-written Python under permissive licences, each as a pure-Python wheel. Text: {sum(held.values()):.1f} MB ({total}), less what several packages share word for word. Hash of the distinct documents (`corpus_sha256`): `{lock.corpus_sha256}`. Licences are those that the wheels' metadata states; a file may carry its own.
+The corpus is well-known packages of hand-written Python under permissive licences, each as a pure-Python wheel. Text: {sum(held.values()):.1f} MB ({total}). Text that several packages share word for word is counted here and used once. Hash of the distinct documents (`corpus_sha256`): `{lock.corpus_sha256}`. The licences are those that the wheels' metadata states; a single file may have its own.
 
 | package | version | | licence | split | MB |
 |---|---|---|---|---|---|
