@@ -33,7 +33,8 @@ def build(out: Path) -> None:
     pages = work / "docs"
     shutil.copytree(ROOT / "docs", pages)
     for page in sorted(pages.glob("*.md")):
-        page.write_text(LINK.sub(lambda m: source_page(m[1], pages), page.read_text(encoding="utf-8")), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        page.write_text(LINK.sub(lambda m: source_page(m[1], pages), text), encoding="utf-8")
     names = write_reference(pages)
     config = (ROOT / "site" / "zensical.toml").read_text(encoding="utf-8")
     entries = "\n".join(f'    {{ "{title}" = "{name}" }},' for title, name in names)

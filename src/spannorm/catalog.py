@@ -88,9 +88,9 @@ def markdown() -> str:
     lines = [
         "# Placements",
         "",
-        "This page is for looking up a placement: its equation, its init, its source, and what in it is our own reading. "
-        "`make docs` generates it from the docstrings in `src/spannorm/placements/`. `spannorm placements` prints the "
-        "list, `spannorm placements NAME` one entry.",
+        "This page is for looking up a placement: its equation, its init, its source, and what in it is our own "
+        "reading. `make docs` generates it from the docstrings in `src/spannorm/placements/`. `spannorm placements` "
+        "prints the list, `spannorm placements NAME` one entry.",
         "",
         "`N` is a norm with a learned gain, `A` attention, `F` the feed-forward. `x` is the block's input, `h` is what "
         "stands between the sublayers, and `x'` is the block's output. `L` is the number of blocks, and `b` is the "

@@ -64,8 +64,8 @@ def markdown(found: Iterable[Surveyed]) -> str:
         "",
         "This page is for looking up a model family: where its norms stand, whether its init depends on the depth, and "
         "whether `spannorm.rewire` can change it. It covers every causal-LM family of Transformers "
-        f"{transformers.__version__} in its default configuration. `make families` generates it: `spannorm audit FAMILY` "
-        "runs a small model of each. [audit.md](audit.md) explains how to read the columns.",
+        f"{transformers.__version__} in its default configuration. `make families` generates it: `spannorm audit "
+        "FAMILY` runs a small model of each. [audit.md](audit.md) explains how to read the columns.",
         "",
         f"{len(rows)} families, {len(read)} audited, {len(rows) - len(read)} not (the reasons are at the end); "
         f"{len(named)} equal one of our placements. Both output matrices depth-scaled: "
