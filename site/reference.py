@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from html import escape
+from typing import Any
+
 import typer
 
 from spannorm.cli import app
@@ -40,19 +43,27 @@ PAGES: list[tuple[str, str, str, tuple[str, ...]]] = [
 
 def command_line() -> str:
     """The page of the command line: each verb with its arguments and options, from the parser itself."""
-    root = typer.main.get_command(app)
-    lines = ["# Command line", "", "Each verb of `spannorm`, with its arguments and options. `spannorm VERB --help`",
+    lines = ["# Command line", "", "Each verb of `spannorm`, with its arguments and options. `spannorm VERB --help` "
              "prints the same."]  # fmt: skip
-    for name, verb in root.commands.items():
-        if verb.hidden:
-            continue
-        context = typer.Context(verb, info_name=f"spannorm {name}")
-        usage = " ".join(verb.collect_usage_pieces(context))
-        lines += ["", f"## spannorm {name}", "", verb.help or "", "", f"    spannorm {name} {usage}", ""]
-        lines += ["| | |", "|---|---|"]
-        for parameter in verb.params:
-            record = parameter.get_help_record(context)
-            if record:
-                left, right = (text.replace("|", "\\|").replace("\n", " ") for text in record)
-                lines.append(f"| `{left}` | {right} |")
+    for name, verb in typer.main.get_command(app).commands.items():
+        lines += verb_lines(f"spannorm {name}", verb)
     return "\n".join(lines) + "\n"
+
+
+def verb_lines(name: str, verb: Any) -> list[str]:
+    """A heading, the help text, the usage and a table of one verb; of a group, those of its verbs."""
+    if hasattr(verb, "commands"):
+        return [line for sub, inner in verb.commands.items() for line in verb_lines(f"{name} {sub}", inner)]
+    context = typer.Context(verb, info_name=name)
+    usage = f"{name} {' '.join(verb.collect_usage_pieces(context))}"
+    rows = [record for parameter in verb.params if (record := parameter.get_help_record(context))]
+    return [
+        *("", f"## {name}", "", shown(verb.help or ""), "", f"    {usage}"),
+        *("", "| | |", "|---|---|"),
+        *(f"| <code>{shown(left)}</code> | {shown(right)} |" for left, right in rows),
+    ]
+
+
+def shown(text: str) -> str:
+    """Plain text within a table of a page."""
+    return escape(text).replace("|", "&#124;").replace("*", "&#42;").replace("\n", " ")
