@@ -1,4 +1,4 @@
-"""Is the built site whole? Each link and anchor resolves, and no page loads anything from a network."""
+"""Checks of the built site: each link and anchor resolves, and no page loads anything from a network."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import typer
@@ -89,6 +90,17 @@ def test_the_sites_navigation_has_every_page_once() -> None:
     config = (ROOT / "site" / "zensical.toml").read_text(encoding="utf-8")
     listed = re.findall(r'= "([\w/]+\.md)"', config)
     assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES if page.startswith("docs/"))
+
+
+def test_the_check_of_a_built_site_finds_what_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top"></h1><a href="#top"></a><a href="https://a.example/"></a>'
+        '<a href="gone.html"></a><a href="#gone"></a><script src="https://b.example/c.js"></script>'
+    )
+    (tmp_path / "a.css").write_text("@import url(https://d.example/font.css)")
+    found = run_path(str(ROOT / "site" / "checks.py"))["faults"](tmp_path)
+    assert [sum(word in line for line in found) for word in ("gone.html", "#gone", "b.example", "d.example")] == [1] * 4
+    assert len(found) == 4
 
 
 @pytest.mark.slow
