@@ -11,10 +11,11 @@ from runpy import run_path
 import pytest
 import typer
 
+import spannorm
 from spannorm.cli import app
 from spannorm.train.recipe import load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT, PACKAGE = Path(__file__).parents[1], Path(spannorm.__file__).parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in
          [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]}  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -40,9 +41,10 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: str) -> None:
 @pages
 def test_every_file_that_is_named_exists(page: str) -> None:
     for path in re.findall(r"`((?:docs|recipes|tests|tests_hf|benchmarks|examples|src|site)/[\w./-]+)`", PAGES[page]):
-        assert (ROOT / path).exists(), path
+        inside = path.removeprefix("src/spannorm/")
+        assert (ROOT / path if inside == path else PACKAGE / inside).exists(), path
     for name in re.findall(r"^ {6}(\S+\.py|\w+/)(?:, (\w+\.py|\w+/))? ", PAGES[page], re.MULTILINE):
-        assert all((ROOT / "src" / "spannorm" / part).exists() for part in name), name
+        assert all((PACKAGE / part).exists() for part in name), name
     for target in re.findall(r"`make ([\w-]+)`|^ {4}make ([\w-]+)", PAGES[page], re.MULTILINE):
         name = "".join(target)
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), f"make {name}"
