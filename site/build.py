@@ -10,6 +10,7 @@ lists them. The finished site is then checked: each link and each anchor resolve
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -38,10 +39,12 @@ def build(out: Path) -> None:
     names = write_reference(pages)
     config = (ROOT / "site" / "zensical.toml").read_text(encoding="utf-8")
     entries = "\n".join(f'    {{ "{title}" = "{name}" }},' for title, name in names)
-    config = config.replace("#REFERENCE", entries).replace("SOURCE", str(ROOT / "src"))
+    for word, value in (("#REFERENCE", entries), ("SOURCE", ROOT / "src"), ("SITE", ROOT / "site")):
+        config = config.replace(word, str(value))
     (work / "zensical.toml").write_text(config, encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
-    if subprocess.run(command, cwd=work, check=False).returncode:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    if subprocess.run(command, cwd=work, env=environment, check=False).returncode:
         sys.exit("the site does not build: see above")
     shutil.move(work / "site", out)
     shutil.rmtree(work)
