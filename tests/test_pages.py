@@ -57,6 +57,15 @@ def test_every_python_block_compiles(page: str) -> None:
             compile(code, page, "exec")
 
 
+@pages
+def test_every_list_begins_after_an_empty_line(page: str) -> None:
+    """A repository host shows a list without one; the site would run its entries together."""
+    lines = FENCE.sub("", PAGES[page]).splitlines()
+    for before, line in pairwise(lines):
+        if re.match(r"- |\d+\. ", line):
+            assert not before or re.match(r"- |\d+\. | {4}(-|\d+\.) ", before), line
+
+
 def commands(text: str) -> list[str]:
     """Every `spannorm …` of a page: in fenced and in indented blocks, and in code within a sentence."""
     fenced = "\n".join(code for _, code in FENCE.findall(text))
