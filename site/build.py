@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from checks import faults
@@ -23,6 +25,9 @@ from reference import PAGES, command_line
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()\.\./([^)#]+)")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+EXPLORED = ("--placements", "pre,post,span,deepnorm,peri,hybrid", "--depths", "8,32,128",
+            "--depth-rules", "none,default,1/sqrt(L),1/sqrt(L):forward,1/L:ffn:forward")  # fmt: skip
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".md": "markdown"}
 
 
@@ -37,14 +42,19 @@ def build(out: Path) -> None:
         text = page.read_text(encoding="utf-8")
         page.write_text(LINK.sub(lambda m: source_page(m[1], pages), text), encoding="utf-8")
     names = write_reference(pages)
+    explorer = '    { "Explore the theory" = "explorer.md" },' if write_explorer(pages) else ""
     config = (ROOT / "site" / "zensical.toml").read_text(encoding="utf-8")
     entries = "\n".join(f'    {{ "{title}" = "{name}" }},' for title, name in names)
-    for word, value in (("#REFERENCE", entries), ("SOURCE", ROOT / "src"), ("SITE", ROOT / "site")):
+    for word, value in (
+        ("#REFERENCE", entries),
+        ("#EXPLORER", explorer),
+        ("SOURCE", ROOT / "src"),
+        ("SITE", ROOT / "site"),
+    ):
         config = config.replace(word, str(value))
     (work / "zensical.toml").write_text(config, encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    if subprocess.run(command, cwd=work, env=environment, check=False).returncode:
+    if subprocess.run(command, cwd=work, env=ENVIRONMENT, check=False).returncode:
         sys.exit("the site does not build: see above")
     shutil.move(work / "site", out)
     shutil.rmtree(work)
@@ -62,6 +72,22 @@ def source_page(path: str, pages: Path) -> str:
         text = f"# {path}\n\n````{LANGUAGES.get(file.suffix, 'text')}\n{text}````\n"
     (pages / name).write_text(text, encoding="utf-8")
     return name
+
+
+def write_explorer(pages: Path) -> bool:
+    """The page on which the theory can be explored. False, and no page, where Bokeh, which draws it, is missing."""
+    if find_spec("bokeh") is None or "--html" not in command_line():
+        return False
+    command = [sys.executable, "-m", "spannorm", "theory", *EXPLORED, "--html", str(pages / "explorer-page.html")]
+    subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    shown = shlex.join(["spannorm", "theory", *EXPLORED, "--html", "explorer.html"])
+    (pages / "explorer.md").write_text(
+        "# Explore the theory\n\nFor someone who wants to see how placement, depth rule and depth change variance and "
+        "gradient. Every number was computed by the theory.\n\n[Open the explorer](explorer-page.html)\n\n"
+        f"This command writes the same page:\n\n    {shown}\n",
+        encoding="utf-8",
+    )
+    return True
 
 
 def write_reference(pages: Path) -> list[tuple[str, str]]:
