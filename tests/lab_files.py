@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spannorm.lab.plan import Job, Plan
+from spannorm.lab.jobs.plan import Job, Plan
 from spannorm.train.recipe import Recipe
 
 STEPS, LAYERS = 60, 4

@@ -15,9 +15,9 @@ import yaml
 
 from spannorm.errors import InputError
 from spannorm.lab.compare import commands, compare
+from spannorm.lab.jobs.plan import Plan
 from spannorm.lab.max_lr import ramps
-from spannorm.lab.plan import Plan
-from spannorm.lab.report import draw_report
+from spannorm.lab.report.page import draw_report
 from spannorm.train.recipe import CompareRecipe, ProtocolRecipe, Recipe, recipe_from_dict
 
 ARMS = ({"model.placement": "pre"}, {"model.placement": "post"}, {"model.placement": "span"})

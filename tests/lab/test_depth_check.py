@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from spannorm import theory
 from spannorm.cli import app
 from spannorm.errors import InputError
-from spannorm.lab import depth_check as lab
-from spannorm.lab.depth_figures import draw
-from spannorm.lab.depth_report import show, words
-from spannorm.lab.depth_theory import DEFAULT, body_of, cases
+from spannorm.lab.depth import check as lab
+from spannorm.lab.depth.figures import draw
+from spannorm.lab.depth.theory import DEFAULT, body_of, cases
+from spannorm.lab.depth.words import show, words
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe

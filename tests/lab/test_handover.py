@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from spannorm.cli import app
 from spannorm.errors import InputError
 from spannorm.lab.compare import commands, compare
-from spannorm.lab.handover import identity, merge, read_finished
-from spannorm.lab.plan import Plan
+from spannorm.lab.jobs.handover import identity, merge, read_finished
+from spannorm.lab.jobs.plan import Plan
 from spannorm.train.recipe import CompareRecipe, Recipe
 from spannorm.train.run import run_recipe
 

@@ -17,9 +17,9 @@ from lab_files import arm, comparison, failed
 from matplotlib.figure import Figure
 
 from spannorm.errors import InputError
-from spannorm.lab.arms import Arm, Look, Rate, Run, Series, read_results
-from spannorm.lab.conditions import draw_conditions
-from spannorm.lab.report import draw_report
+from spannorm.lab.report.figures.conditions import draw_conditions
+from spannorm.lab.report.page import draw_report
+from spannorm.lab.results.arms import Arm, Look, Rate, Run, Series, read_results
 
 HOSTILE = [
     '"><img src=x onerror=alert(1)>', "<script>alert(1)</script>", "</style><b>", "{{ 7*7 }}", "{x}", "{", "a/b/../c",

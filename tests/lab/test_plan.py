@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spannorm.errors import InputError
-from spannorm.lab.plan import Job, Plan
+from spannorm.lab.jobs.plan import Job, Plan
 from spannorm.train.recipe import CompareRecipe, ProtocolRecipe, Recipe
 
 ARMS = ({"model.placement": "pre"}, {"model.placement": "span"})

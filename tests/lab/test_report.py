@@ -16,7 +16,7 @@ import pytest
 from lab_files import arm, comparison, failed
 
 from spannorm.errors import InputError
-from spannorm.lab.report import draw_report
+from spannorm.lab.report.page import draw_report
 
 FIGURES = {"loss", "gradient_norm", "gradient_by_layer", "signal_by_layer", "similarity"}
 
@@ -226,7 +226,7 @@ def test_mixtures_of_experts_have_their_routers_drawn_and_dense_arms_none(tmp_pa
 def test_drawing_needs_neither_transformers_nor_a_display(tmp_path):
     comparison(tmp_path, THREE)
     code = (
-        "import sys; from pathlib import Path; from spannorm.lab.report import draw_report; "
+        "import sys; from pathlib import Path; from spannorm.lab.report.page import draw_report; "
         f"draw_report(Path({str(tmp_path)!r})); "
         "assert not {'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )

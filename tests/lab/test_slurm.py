@@ -17,9 +17,9 @@ import yaml
 from one_node import missing, one_node
 
 from spannorm.errors import InputError
-from spannorm.lab import slurm
 from spannorm.lab.compare import compare
-from spannorm.lab.slurm import Cluster, Submitted, Work, cluster, sbatch_text
+from spannorm.lab.jobs import slurm
+from spannorm.lab.jobs.slurm import Cluster, Submitted, Work, cluster, sbatch_text
 from spannorm.train.recipe import CompareRecipe, Recipe
 
 submitit = pytest.importorskip("submitit")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spannorm.lab.statistics import Estimate, estimate, holm, paired, sensitivity, verdict
+from spannorm.lab.results.statistics import Estimate, estimate, holm, paired, sensitivity, verdict
 
 # Student (1908) as any table prints it: p = 0.975.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 120: 1.980}

@@ -13,12 +13,12 @@ import pytest
 from lab_files import comparison, played
 from scipy import stats
 
-from spannorm.lab.arms import looks
-from spannorm.lab.conditions import draw_tolerances
-from spannorm.lab.plan import Job
-from spannorm.lab.report import draw_report
-from spannorm.lab.summary import Race, summarize, verdict_lines
-from spannorm.lab.tolerance import tolerance_lines, tolerances
+from spannorm.lab.jobs.plan import Job
+from spannorm.lab.report.figures.conditions import draw_tolerances
+from spannorm.lab.report.page import draw_report
+from spannorm.lab.results.arms import looks
+from spannorm.lab.results.summary import Race, summarize, verdict_lines
+from spannorm.lab.results.tolerance import tolerance_lines, tolerances
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
 RATES = [1e-3, 3e-3, 9e-3]

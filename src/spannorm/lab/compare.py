@@ -26,14 +26,14 @@ from spannorm.console import PlainConsole, say
 from spannorm.errors import InputError, Stopped
 from spannorm.files import alone_in, make_folder, read_json, write_json, writing_to
 from spannorm.folders import claim, sweep
-from spannorm.lab.handover import handed_over
+from spannorm.lab.jobs.handover import handed_over
+from spannorm.lab.jobs.plan import Job, Plan
+from spannorm.lab.jobs.runner import Pool, Runner
 from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import ladder_outcome, sealed
-from spannorm.lab.plan import Job, Plan
-from spannorm.lab.report import draw_report
-from spannorm.lab.runner import Pool, Runner
-from spannorm.lab.summary import summarize
-from spannorm.lab.tolerance import tolerances
+from spannorm.lab.report.page import draw_report
+from spannorm.lab.results.summary import summarize
+from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import tasks_of
@@ -64,7 +64,7 @@ def compare(
         at_once: how many jobs; 0: one per GPU, or as many as the cores carry at `train.threads` each (0: one thread).
         pool: where jobs run, with `out` on a file system of theirs; None: here.
         finished: folders of other comparisons, or files of `spannorm results merge`, whose runs are taken over where
-            they are the same (spannorm.lab.handover).
+            they are the same (spannorm.lab.jobs.handover).
 
     A finished job is never run twice; an interrupted one goes on from its last checkpoint.
 

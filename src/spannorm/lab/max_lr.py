@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from spannorm.console import Grid, wide_console
-from spannorm.lab.plan import RATE
-from spannorm.lab.summary import condition
-from spannorm.lab.tolerance import tolerances
+from spannorm.lab.jobs.plan import RATE
+from spannorm.lab.results.summary import condition
+from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.ramp import PEAK, SHARE, SHARES
 from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from spannorm.lab.jobs.plan import Done
 from spannorm.lab.ladder.fit import SIZE_AND_TOKENS, Fit, Point, bootstrap, fit
 from spannorm.lab.ladder.plan import HELD_OUT, RATE_STAGE, LadderPlan
 from spannorm.lab.ladder.sizes import Rung
-from spannorm.lab.plan import Done
 
 BEYOND = (10.0, 100.0)
 """How far beyond the largest size multipliers are stated, as extrapolation."""

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spannorm.errors import InputError
+from spannorm.lab.jobs.plan import RATE, SEED, Done, Entrant, Job, Plan
 from spannorm.lab.ladder.sizes import Rung, rungs
-from spannorm.lab.plan import RATE, SEED, Done, Entrant, Job, Plan
 from spannorm.train.needs import Needs
 from spannorm.train.recipe import Recipe
 

@@ -12,9 +12,9 @@ import torch
 
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
+from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
-from spannorm.lab.plan import Done, Job
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe

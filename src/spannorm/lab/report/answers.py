@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from spannorm.evaluate.table import margin
-from spannorm.lab.arms import Arm, Run
-from spannorm.lab.statistics import estimate
-from spannorm.lab.words import plural
+from spannorm.lab.report.words import plural
+from spannorm.lab.results.arms import Arm, Run
+from spannorm.lab.results.statistics import estimate
 
 _SHOWN = ("acc", "acc_norm", "bits_per_byte")
 """The metrics that are shown; of a task that has none of them, its first."""

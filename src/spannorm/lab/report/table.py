@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from spannorm.console import Grid, say, wide_console
-from spannorm.lab.arms import group_jobs
 from spannorm.lab.compare import RESULTS
-from spannorm.lab.summary import condition, summarize, verdict_lines
+from spannorm.lab.results.arms import group_jobs
+from spannorm.lab.results.summary import condition, summarize, verdict_lines
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:

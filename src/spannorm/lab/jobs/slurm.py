@@ -67,7 +67,7 @@ class Work:
 
 
 class Cluster:
-    """Where jobs go in place of this machine's cores; see `spannorm.lab.runner.Pool`.
+    """Where jobs go in place of this machine's cores; see `spannorm.lab.jobs.runner.Pool`.
 
     Args:
         folder: for submitit's own files, on the shared file system.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spannorm.errors import InputError, shown, unknown
-from spannorm.lab.summary import arms_named
+from spannorm.lab.results.summary import arms_named
 from spannorm.models import SpanNormConfig
 from spannorm.train.needs import Needs, check_fits, needs
 from spannorm.train.recipe import Recipe, recipe_from_dict, set_key

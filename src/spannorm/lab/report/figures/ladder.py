@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.lab.arms import Arm, Look
-from spannorm.lab.figures import Drawing
 from spannorm.lab.ladder.fit import Fit
-from spannorm.lab.panels import panels, plain_log
+from spannorm.lab.report.figures.panels import panels, plain_log
+from spannorm.lab.report.figures.training import Drawing
+from spannorm.lab.results.arms import Arm, Look
 
 
 def draw_ladder(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> list[Drawing]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from spannorm import theory
 from spannorm.console import Grid, say, wide_console
 from spannorm.files import write_json
-from spannorm.lab.depth_theory import Case
+from spannorm.lab.depth.theory import Case
 
 COLUMNS = {
     "variance": "variance", "skip_gain": "skip path", "total_gain": "gradient", "attention_share": "by attn",
@@ -66,7 +66,7 @@ def show(
     if json_file:
         write_json(json_file, {**results, "words": sentences})
     if plot:
-        from spannorm.lab.depth_figures import draw  # Matplotlib
+        from spannorm.lab.depth.figures import draw  # Matplotlib
 
         for file in draw(chosen, results, plot):
             say(console, f"drawn: {file}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spannorm.lab.summary import condition
+from spannorm.lab.results.summary import condition
 from spannorm.train.ramp import SHARE, SHARES
 
 _MOST_LINES = 10

@@ -21,7 +21,7 @@ from spannorm.console import wide_console
 from spannorm.errors import InputError
 from spannorm.evaluate.tasks import quiet
 from spannorm.files import finite, make_folder, write_bytes, write_json, writing_to
-from spannorm.lab.panels import STYLE, WIDTH, plain_log
+from spannorm.lab.report.figures.panels import STYLE, WIDTH, plain_log
 from spannorm.loading import load
 from spannorm.models import SpanNormConfig
 from spannorm.probes import depth_use

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from spannorm.lab.arms import LARGEST, Arm, Array, Series
+from spannorm.lab.results.arms import LARGEST, Arm, Array, Series
 
 WIDTH = 7.6  # inches
 INK, _GREY = "#222222", "#8a8a8a"

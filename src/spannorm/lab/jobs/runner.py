@@ -20,7 +20,7 @@ import spannorm
 from spannorm.errors import Interrupted, Stopped
 from spannorm.files import checked, read_json, write_text
 from spannorm.folders import own_folder
-from spannorm.lab.plan import Done, Job
+from spannorm.lab.jobs.plan import Done, Job
 from spannorm.models import SpanNormConfig
 from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
@@ -41,7 +41,7 @@ class Started(Protocol):
 
 
 class Pool(Protocol):
-    """Where jobs run: this machine's cores or GPUs, or a cluster (spannorm.lab.slurm)."""
+    """Where jobs run: this machine's cores or GPUs, or a cluster (spannorm.lab.jobs.slurm)."""
 
     places: list[dict[str, str]]
     """One for each job that may run at once: what its environment has besides."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spannorm.lab.arms import LARGEST
-from spannorm.lab.statistics import LEVEL, Estimate, estimate, holm, paired, sensitivity, stands, verdict
+from spannorm.lab.results.arms import LARGEST
+from spannorm.lab.results.statistics import LEVEL, Estimate, estimate, holm, paired, sensitivity, stands, verdict
 
 Row = Mapping[str, Any]
 

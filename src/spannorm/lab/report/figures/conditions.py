@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.lab.arms import LARGEST, Arm, Look
-from spannorm.lab.figures import MAX_ARMS, Drawing
-from spannorm.lab.panels import limits, panels, plain_log
-from spannorm.lab.statistics import estimate
-from spannorm.lab.summary import condition
-from spannorm.lab.tolerance import Tolerance
+from spannorm.lab.report.figures.panels import limits, panels, plain_log
+from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
+from spannorm.lab.results.arms import LARGEST, Arm, Look
+from spannorm.lab.results.statistics import estimate
+from spannorm.lab.results.summary import condition
+from spannorm.lab.results.tolerance import Tolerance
 from spannorm.train.ramp import SHARE, SHARES
 
 _NAMES = {"num_hidden_layers": "blocks", "hidden_size": "width"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spannorm.lab.arms import Arm
-from spannorm.lab.conditions import final_losses
-from spannorm.lab.statistics import Estimate, estimate
+from spannorm.lab.report.figures.conditions import final_losses
+from spannorm.lab.results.arms import Arm
+from spannorm.lab.results.statistics import Estimate, estimate
 
 
 @dataclass(frozen=True)

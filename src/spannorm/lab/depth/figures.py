@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from spannorm import theory
 from spannorm.files import write_bytes
-from spannorm.lab.arms import Look, looks
-from spannorm.lab.depth_theory import Case
-from spannorm.lab.panels import STYLE, WIDTH, plain_log
+from spannorm.lab.depth.theory import Case
+from spannorm.lab.report.figures.panels import STYLE, WIDTH, plain_log
+from spannorm.lab.results.arms import Look, looks
 
 Results = Mapping[str, Any]
 

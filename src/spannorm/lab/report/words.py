@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spannorm.lab.arms import Job, values_of
-from spannorm.lab.statistics import CLAIM
+from spannorm.lab.results.arms import Job, values_of
+from spannorm.lab.results.statistics import CLAIM
 
 
 def listed(values: Iterable[object]) -> str:

@@ -13,8 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spannorm.lab.arms import Arm
-from spannorm.lab.panels import (
+from spannorm.lab.report.figures.panels import (
     INK,
     WIDTH,
     band,
@@ -29,6 +28,7 @@ from spannorm.lab.panels import (
     smooth,
     why,
 )
+from spannorm.lab.results.arms import Arm
 
 MAX_ARMS = 48  # more lines than this cannot be told apart by anyone; the table still has them all
 _POINTS = 300  # a curve needs no more than the figure has room for

@@ -73,7 +73,8 @@ class Case:
         """Its theory, at another depth where one is given.
 
         Args:
-            repeat: the chance that two positions of a sequence hold the same token; see `depth_check.repeats`.
+            repeat: the chance that two positions of a sequence hold the same token; see
+                `spannorm.lab.depth.check.repeats`.
 
         Raises:
             NoRule: the theory cannot follow the placement.

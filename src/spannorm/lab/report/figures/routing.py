@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spannorm.lab.arms import Arm
-from spannorm.lab.figures import MAX_ARMS, Drawing
-from spannorm.lab.panels import WIDTH, band, curve, numbers, seed_note, shortened, smooth, why
+from spannorm.lab.report.figures.panels import WIDTH, band, curve, numbers, seed_note, shortened, smooth, why
+from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
+from spannorm.lab.results.arms import Arm
 
 _PANELS = {
     "max_violation": "max violation (busiest layer)",

@@ -22,20 +22,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spannorm.errors import InputError
 from spannorm.files import write_bytes, write_text, writing_to
 from spannorm.folders import own_folder
-from spannorm.lab.ablation import Ablation, ablation
-from spannorm.lab.answers import Answers, answers
-from spannorm.lab.arms import Arm, Job, Look, group_jobs, looks, read_results, values_of
-from spannorm.lab.conditions import draw_conditions, draw_tolerances
-from spannorm.lab.figures import MAX_ARMS, Drawing, draw, draw_rates
-from spannorm.lab.ladder.figure import draw_ladder
-from spannorm.lab.layers import draw_layers, draw_ramps
-from spannorm.lab.panels import STYLE
-from spannorm.lab.routing import draw_routing
-from spannorm.lab.rows import Row, arms_and_rows, strip
-from spannorm.lab.sheets import HEADER, sheet
-from spannorm.lab.summary import Race, condition, summarize, verdict_lines, where
-from spannorm.lab.tolerance import Tolerance, tolerance_lines, tolerances
-from spannorm.lab.words import about, behind, count, number
+from spannorm.lab.report.ablation import Ablation, ablation
+from spannorm.lab.report.answers import Answers, answers
+from spannorm.lab.report.figures.conditions import draw_conditions, draw_tolerances
+from spannorm.lab.report.figures.ladder import draw_ladder
+from spannorm.lab.report.figures.layers import draw_layers, draw_ramps
+from spannorm.lab.report.figures.panels import STYLE
+from spannorm.lab.report.figures.routing import draw_routing
+from spannorm.lab.report.figures.training import MAX_ARMS, Drawing, draw, draw_rates
+from spannorm.lab.report.rows import Row, arms_and_rows, strip
+from spannorm.lab.report.sheets import HEADER, sheet
+from spannorm.lab.report.words import about, behind, count, number
+from spannorm.lab.results.arms import Arm, Job, Look, group_jobs, looks, read_results, values_of
+from spannorm.lab.results.summary import Race, condition, summarize, verdict_lines, where
+from spannorm.lab.results.tolerance import Tolerance, tolerance_lines, tolerances
 from spannorm.text import file_name
 from spannorm.train.health import CRITERIA
 from spannorm.train.ramp import SHARES
@@ -147,7 +147,7 @@ def _all(found: Tolerance) -> list[float]:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("spannorm.lab", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("spannorm.lab.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(number=number, count=count, condition=condition)

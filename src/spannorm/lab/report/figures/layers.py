@@ -9,9 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from spannorm.lab.arms import Arm, Run
-from spannorm.lab.figures import MAX_ARMS, Drawing
-from spannorm.lab.panels import (
+from spannorm.lab.report.figures.panels import (
     WIDTH,
     band,
     cross,
@@ -24,6 +22,8 @@ from spannorm.lab.panels import (
     shortened,
     smooth,
 )
+from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
+from spannorm.lab.results.arms import Arm, Run
 
 _MOST_MAPS = 12
 _POINTS = 300

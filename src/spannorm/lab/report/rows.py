@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spannorm.lab.arms import (
+from spannorm.lab.report.words import listed
+from spannorm.lab.results.arms import (
     Arm,
     Groups,
     Job,
@@ -20,8 +21,7 @@ from spannorm.lab.arms import (
     read_run,
     values_of,
 )
-from spannorm.lab.statistics import estimate
-from spannorm.lab.words import listed
+from spannorm.lab.results.statistics import estimate
 from spannorm.train.health import CRITERIA
 
 

@@ -19,7 +19,7 @@ from spannorm import folders
 from spannorm.errors import InputError
 from spannorm.files import make_folder, read_json, write_json, writing_to
 from spannorm.folders import own_folder
-from spannorm.lab.plan import Done, Job
+from spannorm.lab.jobs.plan import Done, Job
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import PROBES, RECORDS

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from spannorm import theory
 from spannorm.errors import InputError
-from spannorm.lab.depth_theory import Case, Row, number, predictions
+from spannorm.lab.depth.theory import Case, Row, number, predictions
 from spannorm.models import SpanNormForCausalLM
 from spannorm.probes import Record, block_skip_costs, gradient_paths, measure
 from spannorm.train.data import TokenData, prepare_data
@@ -100,7 +100,7 @@ def depth_check(
     """Predict, build, measure and train every stack; what `spannorm depth-check --json` writes.
 
     Args:
-        chosen: from `depth_theory.cases`.
+        chosen: from `spannorm.lab.depth.theory.cases`.
         steps: optimizer steps after which to measure; 0 is init.
         seeds: models per stack, drawn with seeds 0, 1, …; gains are averaged by their logarithm.
         data: the folder of the tokens.
