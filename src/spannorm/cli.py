@@ -203,7 +203,7 @@ def max_lr(
     loaded = ramps(load_recipe(recipe, overrides or ()), peak)
 
     def show(results: dict[str, Any], folder: Path) -> None:
-        print_tolerances(results["arms"])
+        print_tolerances(results["jobs"])
         typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
 
     _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, finished or ())

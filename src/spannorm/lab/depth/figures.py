@@ -16,7 +16,7 @@ from spannorm import theory
 from spannorm.files import write_bytes
 from spannorm.lab.depth.theory import Case
 from spannorm.lab.report.figures.panels import STYLE, WIDTH, plain_log
-from spannorm.lab.results.arms import Look, looks
+from spannorm.lab.report.looks import Look, looks
 
 Results = Mapping[str, Any]
 

@@ -45,8 +45,8 @@ class Job:
     recipe: Recipe
     arm: str
     """Placement, depth rule, and what else the arm overrides."""
-    cell: Mapping[str, Any]
-    """The condition: the grid's values other than the arm's, the learning rate and the seed."""
+    condition: Mapping[str, Any]
+    """The grid's values other than the arm's, the learning rate and the seed."""
     tables: tuple[str, ...]
     """The tables it stands in."""
     stage: str = ""
@@ -59,7 +59,7 @@ class Entrant:
 
     table: str
     arm: Mapping[str, Any]
-    cell: Mapping[str, Any]
+    condition: Mapping[str, Any]
 
 
 class Plan:
@@ -89,16 +89,17 @@ class Plan:
         for given in recipe.compare.arms:
             for values in itertools.product(*grid.values()):
                 arm: dict[str, Any] = dict(given)
-                cell: dict[str, Any] = {}
+                condition: dict[str, Any] = {}
                 table = str(arm.pop("table", ""))
                 for key, value in zip(grid, values, strict=True):
-                    (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
-                self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
+                    overrides = value if isinstance(value, Mapping) else {key: value}
+                    (arm if key in IDENTITY else condition).update(overrides)
+                self.races.setdefault((table, json.dumps(condition)), []).append(Entrant(table, arm, condition))
         first: dict[tuple[str, str], Entrant] = {}
         for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
             job = self._job(entrant, rate, seed)
             if (entrant.table, job.name) in first:
-                given, twin = ({**e.arm, **e.cell} for e in (entrant, first[entrant.table, job.name]))
+                given, twin = ({**e.arm, **e.condition} for e in (entrant, first[entrant.table, job.name]))
                 raise InputError(
                     f"compare lists the same run twice: {shown(given)} and {shown(twin)} are both {job.arm}, learning "
                     f"rate {rate:g}, seed {seed}. Take one out: a run counts once."
@@ -164,7 +165,7 @@ class Plan:
         return min(held, key=lambda rate: held[rate]) if held else None
 
     def _job(self, entrant: Entrant, rate: float, seed: int) -> Job:
-        overrides = {**entrant.arm, **entrant.cell}
+        overrides = {**entrant.arm, **entrant.condition}
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
@@ -182,7 +183,7 @@ class Plan:
             folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:_LONGEST_FOLDER] + f"-{digest}"
             extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
             arm = " ".join([placement, rule, *extras])
-            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
+            job = Job(folder, overrides, recipe, arm, entrant.condition, (entrant.table,))
             # one run, however its arm is spelled: a placement's own depth rule may be said or not
             self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]

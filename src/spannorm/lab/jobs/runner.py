@@ -21,6 +21,7 @@ from spannorm.errors import Interrupted, Stopped
 from spannorm.files import checked, read_json, write_text
 from spannorm.folders import own_folder
 from spannorm.lab.jobs.plan import Done, Job
+from spannorm.lab.results.files import JobResult
 from spannorm.models import SpanNormConfig
 from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
@@ -214,16 +215,16 @@ class Runner:
         """Whether every job has a result, if only that it failed to train."""
         return all(job.name in self.results for job in self.jobs)
 
-    def arms(self) -> list[dict[str, Any]]:
-        """Every job's row of `results.json`: its result, or how far it came."""
-        rows = []
+    def job_results(self) -> list[JobResult]:
+        """Every job as `results.json` has it: its result, or how far it came."""
+        results = []
         for job in self.jobs:
             row = self.rows[job.name]
             known = {
                 "job": job.name,
                 "tables": list(job.tables),
                 "arm": job.arm,
-                "cell": dict(job.cell),
+                "condition": dict(job.condition),
                 "stage": job.stage,
                 "overrides": dict(job.overrides),
                 "placement": row.placement,
@@ -235,8 +236,8 @@ class Runner:
                 "steps": row.steps,
                 "steps_done": row.step,
             }
-            rows.append({**known, **self.results.get(job.name, {})})
-        return rows
+            results.append({**known, **self.results.get(job.name, {})})
+        return results
 
 
 def _python_path() -> str:

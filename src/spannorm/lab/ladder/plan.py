@@ -75,7 +75,8 @@ class LadderPlan:
 
     def jobs(self, done: Done, sealed: bool = True) -> list[Job]:
         """What can be run, in its order. Without `sealed` the largest size waits for its prediction."""
-        return [replace(step.job, cell={"rung": step.rung.name}, stage=step.stage) for step in self.steps(done, sealed)]
+        steps = self.steps(done, sealed)
+        return [replace(step.job, condition={"rung": step.rung.name}, stage=step.stage) for step in steps]
 
     def steps(self, done: Done, sealed: bool = True) -> list[Step]:
         found: dict[str, Step] = {}

@@ -9,39 +9,45 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.lab.report.figures.panels import limits, panels, plain_log
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.results.arms import LARGEST, Arm, Look
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import MAX_ARMS, Drawing, limits, panels, plain_log
+from spannorm.lab.report.looks import Look
+from spannorm.lab.results.files import LARGEST
+from spannorm.lab.results.groups import condition_words
 from spannorm.lab.results.statistics import estimate
-from spannorm.lab.results.summary import condition
 from spannorm.lab.results.tolerance import Tolerance
 from spannorm.train.ramp import SHARE, SHARES
 
 _NAMES = {"num_hidden_layers": "blocks", "hidden_size": "width"}
-Cell = Mapping[str, Any]
+Condition = Mapping[str, Any]
+ArmsThere = tuple[Condition, Sequence[Arm]]
+"""A condition, and the arms under it."""
 
 
-def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing]:
+def draw_conditions(races: Sequence[ArmsThere]) -> list[Drawing]:
     """Loss and best learning rate against each number that the conditions differ in, all else equal."""
     drawings: list[Drawing | None] = []
-    for key in _axes([cell for cell, _ in races]):
-        groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
-        others = _others([cell for cell, _ in races], key)
-        for cell, arms in races:
-            groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
+    for key in _axes([condition for condition, _ in races]):
+        groups: dict[str, list[ArmsThere]] = {}
+        others = _others([condition for condition, _ in races], key)
+        for condition, arms in races:
+            groups.setdefault(json.dumps({k: condition.get(k) for k in others}), []).append((condition, arms))
         several = [(rest, of) for rest, of in groups.items() if len(of) > 1]
         drawings += [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(several)]
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _axes(cells: Sequence[Cell]) -> list[str]:
+def _axes(conditions: Sequence[Condition]) -> list[str]:
     """The numbers that vary, depth first, without those that another one decides, as depth does width at fixed size."""
-    keys = sorted(dict.fromkeys(k for cell in cells for k in cell), key=lambda k: not k.endswith("num_hidden_layers"))
+    keys = sorted(
+        dict.fromkeys(k for condition in conditions for k in condition),
+        key=lambda k: not k.endswith("num_hidden_layers"),
+    )
     found: list[str] = []
     for key in keys:
-        values = [cell.get(key) for cell in cells]
+        values = [condition.get(key) for condition in conditions]
         varies = all(_number(v) for v in values) and len(set(values)) > 1
-        if varies and all(key in _others(cells, axis) for axis in found):
+        if varies and all(key in _others(conditions, axis) for axis in found):
             found.append(key)
     return found
 
@@ -58,40 +64,40 @@ def _scale(ax: Any, known: Sequence[float]) -> None:
     ax.minorticks_off()
 
 
-def _others(cells: Sequence[Cell], key: str) -> list[str]:
+def _others(conditions: Sequence[Condition], key: str) -> list[str]:
     """The keys that vary at one value of the axis; what changes with the axis, as width at fixed size, is not one."""
-    by_x: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        by_x.setdefault(cell[key], []).append(cell)
-    names = dict.fromkeys(k for cell in cells for k in cell if k != key)
+    by_x: dict[Any, list[Condition]] = {}
+    for condition in conditions:
+        by_x.setdefault(condition[key], []).append(condition)
+    names = dict.fromkeys(k for condition in conditions for k in condition if k != key)
     return [k for k in names if any(len({json.dumps(c.get(k)) for c in of}) > 1 for of in by_x.values())]
 
 
-def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], number: int) -> Drawing | None:
+def _against(key: str, rest: Condition, races: Sequence[ArmsThere], number: int) -> Drawing | None:
     if not any(run.status in ("ok", "failed") for _, arms in races for arm in arms for run in arm.runs):
         return None
     races = sorted(races, key=lambda race: race[0][key])
     arms = list({arm.label: replace(arm, runs=[]) for _, arms in races for arm in arms}.values())[:MAX_ARMS]
     fig, axes, label = panels(2, arms)
-    known = [cell[key] for cell, _ in races]
+    known = [condition[key] for condition, _ in races]
     losses, end, drawn = [], {}, list[Any]()
     for arm in arms:
         points, lost, rates = [], [], []
-        for cell, of in races:
+        for condition, of in races:
             here = next((a for a in of if a.label == arm.label), None)
             if here is None:
                 continue
-            loss = estimate(final_losses(here))
+            loss = estimate(here.final_losses)
             if loss is None:
-                lost.append(cell[key])
+                lost.append(condition[key])
                 continue
-            points.append((cell[key], loss.mean))
+            points.append((condition[key], loss.mean))
             losses.append(loss.mean)
             tried = [rate.learning_rate for rate in here.rates]
             rates.append(
-                (cell[key], here.learning_rate, len(tried) > 1 and here.learning_rate in (tried[0], tried[-1]))
+                (condition[key], here.learning_rate, len(tried) > 1 and here.learning_rate in (tried[0], tried[-1]))
             )
-            axes[0].plot([cell[key]] * loss.count, final_losses(here), "o", color=arm.look.color, markersize=2.5)
+            axes[0].plot([condition[key]] * loss.count, here.final_losses, "o", color=arm.look.color, markersize=2.5)
         axes[0].plot(*_columns(points), linewidth=1.4, label=arm.label, **arm.look.line)
         for x in lost:
             axes[0].plot(x, 0.985, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False,
@@ -117,18 +123,12 @@ def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], 
         plain_log(axes[1].yaxis)
     label(axes[1], end)
     caption = (
-        f"Each arm at its own best learning rate against {what}{f' ({condition(rest)})' if rest else ''}. Left: mean "
-        "over the seeds that held, and every seed (the test split where it was confirmed on fresh seeds, else "
+        f"Each arm at its own best learning rate against {what}{f' ({condition_words(rest)})' if rest else ''}. Left: "
+        "mean over the seeds that held, and every seed (the test split where it was confirmed on fresh seeds, else "
         "validation); an arm with a ✕ on the upper edge has none that held. Right: that learning rate, a ring where it "
         "lies on the edge of those tried."
     )
     return Drawing(f"against_{what}{number or ''}", f"Loss against {what}", caption, fig)
-
-
-def final_losses(arm: Arm) -> list[float]:
-    """An arm's final losses: on the test split where it was confirmed, else on the validation split."""
-    losses = [run.test_loss if arm.confirmed else run.val_loss for run in arm.runs if run.status == "ok"]
-    return [loss for loss in losses if loss is not None]
 
 
 def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
@@ -137,8 +137,8 @@ def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float
 
 def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], Look], peak: float) -> list[Drawing]:
     """The largest tolerable learning rate against the conditions' first number, in the order of the conditions."""
-    key = next(iter(_axes([t.cell for t in found])), None)
-    known = sorted({t.cell[key] for t in found}) if key else [0]
+    key = next(iter(_axes([t.condition for t in found])), None)
+    known = sorted({t.condition[key] for t in found}) if key else [0]
     keys = list(dict.fromkeys((t.placement, t.arm.partition(" ")[2]) for t in found))[:MAX_ARMS]
     arms = [Arm(*key, looks[key], [], None, []) for key in keys]
     fig, (ax,), label = panels(1, arms)
@@ -151,8 +151,8 @@ def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], 
         apart = i - len(arms) / 2  # arms at one value stand side by side
         points = []
         mine = [t for t in found if t.arm == f"{arm.placement} {arm.variant}"]
-        for t in sorted(mine, key=lambda t: t.cell[key] if key else 0):
-            x, rate = t.cell[key] if key else 1, t.rate()
+        for t in sorted(mine, key=lambda t: t.condition[key] if key else 0):
+            x, rate = t.condition[key] if key else 1, t.rate()
             if key and known[0] <= 0:
                 x += 0.006 * apart * (known[-1] - known[0])
             else:

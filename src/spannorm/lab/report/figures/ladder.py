@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from spannorm.lab.ladder.fit import Fit
-from spannorm.lab.report.figures.panels import panels, plain_log
-from spannorm.lab.report.figures.training import Drawing
-from spannorm.lab.results.arms import Arm, Look
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import Drawing, panels, plain_log
+from spannorm.lab.report.looks import Look
 
 
 def draw_ladder(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> list[Drawing]:

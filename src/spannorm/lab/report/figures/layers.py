@@ -1,4 +1,4 @@
-"""Figures of the layers beyond one moment: gradient and signal through training, collapse after it, and ramps."""
+"""Figures by layer: gradient, signal and similarity at two moments, gradient and signal through training."""
 
 from __future__ import annotations
 
@@ -7,33 +7,129 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
+from spannorm.lab.report.arms import Arm
 from spannorm.lab.report.figures.panels import (
+    MAX_ARMS,
     WIDTH,
+    Drawing,
     band,
-    cross,
     curve,
-    limits,
     numbers,
     panels,
     plain_log,
     seed_note,
     shortened,
-    smooth,
 )
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.results.arms import Arm, Run
+from spannorm.lab.results.runs import Run
 
 _MOST_MAPS = 12
-_POINTS = 300
 _THROUGH = {"gradient_rms": "gradient", "signal_rms": "signal"}
 
 
 def draw_layers(arms: Sequence[Arm]) -> list[Drawing]:
     """What the arms have data for. Call it inside `matplotlib.rc_context(STYLE)`."""
-    made = [_through(arms), _collapse(arms[:MAX_ARMS]), *(_use(arms[:MAX_ARMS], *part) for part in _USE)]
-    return [drawing for drawing in made if drawing is not None]
+    few = arms[:MAX_ARMS]
+    drawings = [_by_layer(few, "gradient"), _by_layer(few, "signal"), _similarity(few), _through(arms)]
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def _by_layer(arms: Sequence[Arm], what: str) -> Drawing | None:
+    key = f"{what}_rms"
+    if not any(run.probes for arm in arms for run in arm.runs):
+        return None
+    fig, axes, label = panels(2, arms, share=True)
+    end, seen = {}, []
+    for ax, which, title in ((axes[0], 0, "at initialization"), (axes[1], -1, "at the last probe")):
+        ax.set(title=title, xlabel="layer", yscale="log", xmargin=0)
+        for arm in arms:
+            probes = [run.probes[which] for run in arm.shown if run.probes]
+            # Half a job is no end: a run with one probe has an initialization only.
+            rows = [numbers(p.get(key)) for p in probes if (p.get("step") == 0) == (which == 0)]
+            depth = max((len(row) for row in rows), default=0)
+            rows = [np.where(row > 0, row, np.nan) for row in rows if len(row) == depth]
+            x, mean, lowest, highest = band(np.arange(float(depth)), rows)
+            if len(x):
+                curve(ax, arm, x, mean, lowest, highest)
+                seen += [*lowest, *highest]
+                if which == -1 or arm.failed:
+                    end[arm.label] = float(mean[-1])
+    if not seen:
+        return None
+    low, high, middle = min(seen), max(seen), float(np.median(seen))
+    axes[0].set_ylim(max(low / 1.4, middle / 1e9), min(high * 1.4, middle * 1e9))
+    for ax in axes:
+        plain_log(ax.yaxis)
+    label(axes[1], end)
+    if what == "gradient":
+        axes[0].set_ylabel("RMS of ∂loss/∂x")
+        title, caption = (
+            "Gradient by layer",
+            (
+                "Size of the gradient that reaches the stream at each layer, embedding (0) to last block. A flat line "
+                "trains all layers alike; one that falls by decades towards either end starves the layers there."
+            ),
+        )
+    else:
+        axes[0].set_ylabel("RMS of x")
+        title, caption = (
+            "Signal by layer",
+            (
+                "Size of the stream at each layer, embedding (0) to last block. A stream that grows makes each later "
+                "block a smaller part of it; one that stays near 1 is what a norm at the end of the block gives."
+            ),
+        )
+    caption += f" {seed_note(arms)} A failed arm is shown at the last probe it reached."
+    return Drawing(f"{what}_by_layer", title, caption, fig)
+
+
+def _similarity(arms: Sequence[Arm]) -> Drawing | None:
+    maps = []
+    for arm in arms:
+        for run in arm.shown:
+            rows = [numbers(row) for row in (run.probes[-1].get("similarity") or [])] if run.probes else []
+            if rows and all(len(row) == len(rows) for row in rows) and np.isfinite(rows).any():
+                maps.append((arm, np.stack(rows)))
+                break
+    if not maps:
+        return None
+    columns = min(5, len(maps))
+    rows_ = -(-len(maps) // columns)
+    side = (WIDTH - 0.75) / 5
+    pitch = side + 0.22
+    height = rows_ * pitch + 0.42
+    fig = Figure(figsize=(WIDTH, height))
+    low = float(np.floor(10 * min(np.nanmin(map_) for _, map_ in maps)) / 10)
+    for i, (arm, map_) in enumerate(maps):
+        row, column = divmod(i, columns)
+        left, bottom = 0.45 + column * side, height - (row + 1) * pitch + 0.08
+        box = (left / WIDTH, bottom / height, (side - 0.2) / WIDTH, (side - 0.2) / height)
+        ax = fig.add_axes(box)
+        image = ax.imshow(map_, cmap="viridis", vmin=min(low, 0.9), vmax=1, origin="lower", interpolation="none")
+        image.set_label(arm.label)
+        ax.grid(False)
+        ax.set_facecolor("#dddddd")
+        text = f"{shortened(arm.variant, 25)}{' ✕' if arm.failed else ''}"
+        for line, dy, weight in ((arm.placement, 10.5, "bold"), (text, 2.5, "normal")):
+            ax.annotate(line, (0, 1), (0, dy), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
+                        weight=weight, color=arm.look.color, parse_math=False)  # fmt: skip
+        ticks = [0, len(map_) - 1]
+        ax.set(xticks=ticks, yticks=ticks)
+        ax.tick_params(length=2, labelsize=6, pad=1.5)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    bar = fig.add_axes((0.45 / WIDTH, 0.2 / height, 1.6 / WIDTH, 0.07 / height))
+    fig.colorbar(image, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=6.5, length=2)
+    bar.grid(False)
+    fig.text(2.2 / WIDTH, 0.2 / height, "cosine between layers (both axes: layer, 0 = embedding)", fontsize=7,
+             color="#444444")  # fmt: skip
+    caption = (
+        "Cosine between the hidden states of every two layers at the last probe of each arm's first seed. A bright "
+        "block off the diagonal means that the layers in it hardly change their input; grey: not finite."
+    )
+    return Drawing("similarity", "Similarity of layers", caption, fig)
 
 
 def _through(arms: Sequence[Arm]) -> Drawing | None:
@@ -105,126 +201,3 @@ def _through(arms: Sequence[Arm]) -> Drawing | None:
 def _several(run: Run) -> bool:
     """Whether there are probes enough for both maps."""
     return all(len(run.through[key][0]) > 2 for key in _THROUGH)
-
-
-def _collapse(arms: Sequence[Arm]) -> Drawing | None:
-    arms = [arm for arm in arms if any(run.collapse for run in arm.shown)]
-    if not arms:
-        return None
-    fig, axes, label = panels(3, arms)
-    end, costs = {}, []
-    for arm in arms:
-        for ax, key in zip(axes, ("effective_rank", "skip_cost", "spectrum"), strict=True):
-            rows = [numbers(run.collapse[key]) for run in arm.shown if run.collapse]
-            x, mean, low, high = band(np.arange(float(len(rows[0]))) + (key != "effective_rank"), rows)
-            if len(x):
-                curve(ax, arm, x, mean, low, high, width=1.2)
-                if key == "spectrum":
-                    end[arm.label] = float(mean[-1])
-                if key == "skip_cost":
-                    costs += [*mean]
-    for ax in axes:
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[0].set(title="effective rank", xlabel="layer")
-    axes[1].set(title="loss rise, block skipped", xlabel="block")
-    if costs:
-        least, most = limits(costs)
-        axes[1].set_ylim(max(least, -0.5), most)
-    axes[2].set(title="singular values at the end", xlabel="index", yscale="log")
-    floor = min((value for value in end.values() if value > 0), default=1e-3)
-    axes[2].set_ylim(max(1e-6, floor / 2), 1.3)
-    plain_log(axes[2].yaxis)
-    label(axes[2], end)
-    caption = (
-        "After training, on held-out text. Effective rank of the stream at each layer (exp of the entropy of the "
-        "normalized singular values); the rise of the loss, nats per token, when one block is skipped, its norms with "
-        "it (a block at 0 is good for nothing); singular values of what the last block returns, as shares of the "
-        f"largest. {seed_note(arms)}"
-    )
-    return Drawing("collapse", "Collapse", caption, fig)
-
-
-_USE = (
-    (
-        "use_of_depth", "Use of depth: each block",
-        {"angular_distance": "input to output, angle / π", "usefulness": "loss rise, made linear",
-         "causal": "effect on later blocks"},
-        "After training, on held-out text, each block by itself (1 is the first). Left: the angle between what it is "
-        "given and what it hands on. Middle: the rise of the loss, nats per token, when the best linear map of its "
-        "input takes its place (0: a linear map would do). Right: when it is skipped, the relative change of what the "
-        "later blocks do, mean over them. Points of several streams are what the readout would hand on. ",
-    ),
-    (
-        "use_of_depth_together", "Use of depth: blocks together",
-        {"permutation": "exchanged with the next", "logit_lens": "loss, read out there",
-         "jacobian": "Jacobian of the end"},
-        "After training, on held-out text. Left: the relative change of the loss when a block exchanges its weights "
-        "with the next one (0: their order is nothing). Middle: the loss, nats per token, when the rest of the blocks "
-        "is skipped (layer 0: the embedding). Right: the size of the derivative of the stack's output by the stream, "
-        "by all streams at once where there are several. ",
-    ),
-)  # fmt: skip
-
-
-def _use(arms: Sequence[Arm], name: str, title: str, measures: dict[str, str], caption: str) -> Drawing | None:
-    """Three measures of `spannorm.probes.DepthUse`, line by arm."""
-    arms = [arm for arm in arms if any(run.collapse.get("logit_lens") for run in arm.shown)]
-    if not arms:
-        return None
-    fig, axes, label = panels(3, arms)
-    end = {}
-    for ax, (key, heading) in zip(axes, measures.items(), strict=True):
-        points = key in ("logit_lens", "jacobian")
-        for arm in arms:
-            rows = [numbers(run.collapse[key]) for run in arm.shown if run.collapse.get(key)]
-            x, mean, low, high = band(np.arange(float(len(rows[0]))) + (not points), rows)
-            if len(x):
-                curve(ax, arm, x, mean, low, high, width=1.2)
-                if ax is axes[-1]:
-                    end[arm.label] = float(mean[-1])
-        ax.set(title=heading, xlabel="layer" if points else "block")
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        if key == "jacobian":
-            ax.set_yscale("log")
-            ax.autoscale_view()
-            plain_log(ax.yaxis)
-    label(axes[-1], end)
-    return Drawing(name, title, caption + seed_note(arms), fig)
-
-
-def draw_ramps(arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:
-    """Loss against the learning rate while it rises."""
-    arms = [arm for arm in arms[:MAX_ARMS] if any(len(run.learning_rate.steps) for run in arm.runs)]
-    if not arms:
-        return []
-    peak = max(run.learning_rate.values[-1] for arm in arms for run in arm.runs if len(run.learning_rate.steps))
-    last = max((run.loss.steps[-1] for arm in arms for run in arm.runs if len(run.loss.steps)), default=0)
-    if not (last and peak > 0):
-        return []
-    grid = np.unique(np.linspace(1, last, _POINTS).round())
-    fig, (ax,), label = panels(1, arms)
-    end, lows, ends = {}, [], []
-    for arm in arms:
-        rows = [smooth(run.loss, 16, grid) for run in arm.shown]
-        x, mean, low, high = band(grid / last * peak, rows)
-        if not len(x):
-            continue
-        curve(ax, arm, x, mean, low, high)
-        lows += [*mean]
-        end[arm.label] = float(mean[-1])
-        ends.append((arm, x[-1], mean[-1]))
-    top = (unigram or max(lows)) + 0.3
-    ax.set(xlim=(0, peak), ylim=(min(lows) - 0.1, top), xlabel="learning rate", ylabel="training loss (nats per token)")
-    for arm, x, y in ends:
-        if x < 0.98 * peak:
-            cross(ax, x, y, arm)
-    if unigram is not None:
-        ax.axhline(unigram, color="#222222", linewidth=0.9, linestyle=(0, (1, 2)))
-        ax.annotate("unigram model", (0.98, unigram), (0, 4), xycoords=("axes fraction", "data"), ha="right",
-                    textcoords="offset points", fontsize=7, color="#444444")  # fmt: skip
-    label(ax, end)
-    caption = (
-        "Training loss (trailing mean over 16 steps) while the learning rate rises evenly with the steps. A ✕ marks a "
-        f"ramp that ended because all that was learned was lost. {seed_note(arms)}"
-    )
-    return [Drawing("ramp", "Loss on the ramp", caption, fig)]

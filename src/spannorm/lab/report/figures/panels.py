@@ -1,17 +1,21 @@
-"""The hand that draws: panels with named lines, curves with bands, crosses where a run failed, plain log axes."""
+"""What figures are made of: panels with named lines, curves with bands, crosses where a run failed, log axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from spannorm.lab.results.arms import LARGEST, Arm, Array, Series
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.results.files import LARGEST
+from spannorm.lab.results.runs import Array, Series
 
 WIDTH = 7.6  # inches
+MAX_ARMS = 48  # more lines than this cannot be told apart by anyone; the table still has them all
 INK, _GREY = "#222222", "#8a8a8a"
 STYLE = {
     "font.size": 8, "font.family": ["DejaVu Sans"], "axes.titlesize": 8.5, "axes.labelsize": 8,
@@ -21,6 +25,16 @@ STYLE = {
     "axes.axisbelow": True, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
     "svg.fonttype": "none", "svg.hashsalt": "spannorm",  # text stays text; the same input gives the same file
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and the words under it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
 
 
 def panels(

@@ -9,9 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spannorm.lab.report.figures.panels import WIDTH, band, curve, numbers, seed_note, shortened, smooth, why
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.results.arms import Arm
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import (
+    MAX_ARMS,
+    WIDTH,
+    Drawing,
+    band,
+    curve,
+    numbers,
+    seed_note,
+    shortened,
+    smooth,
+    why,
+)
 
 _PANELS = {
     "max_violation": "max violation (busiest layer)",

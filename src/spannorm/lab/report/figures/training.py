@@ -1,4 +1,4 @@
-"""The figures of a comparison: arms in, matplotlib figures with captions out.
+"""Figures by optimizer step and by learning rate: loss, gradient norm, and loss on a ramp.
 
 One hue per placement, one dash and shade per depth rule, the same in every figure and in the report's table.
 Only `Figure` objects are used, never pyplot's state, so drawing leaves no trace in the calling program.
@@ -7,20 +7,21 @@ Only `Figure` objects are used, never pyplot's state, so drawing leaves no trace
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from spannorm.lab.report.arms import Arm
 from spannorm.lab.report.figures.panels import (
     INK,
+    MAX_ARMS,
     WIDTH,
+    Drawing,
     band,
     cross,
     curve,
     limits,
-    numbers,
     panels,
     plain_log,
     seed_note,
@@ -28,28 +29,14 @@ from spannorm.lab.report.figures.panels import (
     smooth,
     why,
 )
-from spannorm.lab.results.arms import Arm
 
-MAX_ARMS = 48  # more lines than this cannot be told apart by anyone; the table still has them all
 _POINTS = 300  # a curve needs no more than the figure has room for
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure and the words under it."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-
-
-def draw(arms: Sequence[Arm], unigram_loss: float | None) -> list[Drawing]:
-    """Every figure that the arms have data for. Call it inside `matplotlib.rc_context(STYLE)`."""
-    arms = arms[:MAX_ARMS]
-    made = [_loss(arms, unigram_loss), _grad_norm(arms)]
-    made += [_layers(arms, "gradient"), _layers(arms, "signal"), _similarity(arms)]
-    return [drawing for drawing in made if drawing is not None]
+def draw_training(arms: Sequence[Arm], unigram_loss: float | None) -> list[Drawing]:
+    """Loss and gradient norm by step. Call it inside `matplotlib.rc_context(STYLE)`."""
+    drawings = [_loss(arms[:MAX_ARMS], unigram_loss), _grad_norm(arms[:MAX_ARMS])]
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def draw_rates(arms: Sequence[Arm]) -> list[Drawing]:
@@ -174,103 +161,6 @@ def _rates(arms: Sequence[Arm]) -> Drawing | None:
     return Drawing("learning_rate", "Learning rate", caption, fig)
 
 
-def _layers(arms: Sequence[Arm], what: str) -> Drawing | None:
-    key = f"{what}_rms"
-    if not any(run.probes for arm in arms for run in arm.runs):
-        return None
-    fig, axes, label = panels(2, arms, share=True)
-    end, seen = {}, []
-    for ax, which, title in ((axes[0], 0, "at initialization"), (axes[1], -1, "at the last probe")):
-        ax.set(title=title, xlabel="layer", yscale="log", xmargin=0)
-        for arm in arms:
-            probes = [run.probes[which] for run in arm.shown if run.probes]
-            # Half a job is no end: a run with one probe has an initialization only.
-            rows = [numbers(p.get(key)) for p in probes if (p.get("step") == 0) == (which == 0)]
-            depth = max((len(row) for row in rows), default=0)
-            rows = [np.where(row > 0, row, np.nan) for row in rows if len(row) == depth]
-            x, mean, lowest, highest = band(np.arange(float(depth)), rows)
-            if len(x):
-                curve(ax, arm, x, mean, lowest, highest)
-                seen += [*lowest, *highest]
-                if which == -1 or arm.failed:
-                    end[arm.label] = float(mean[-1])
-    if not seen:
-        return None
-    low, high, middle = min(seen), max(seen), float(np.median(seen))
-    axes[0].set_ylim(max(low / 1.4, middle / 1e9), min(high * 1.4, middle * 1e9))
-    for ax in axes:
-        plain_log(ax.yaxis)
-    label(axes[1], end)
-    if what == "gradient":
-        axes[0].set_ylabel("RMS of ∂loss/∂x")
-        title, caption = (
-            "Gradient by layer",
-            (
-                "Size of the gradient that reaches the stream at each layer, embedding (0) to last block. A flat line "
-                "trains all layers alike; one that falls by decades towards either end starves the layers there."
-            ),
-        )
-    else:
-        axes[0].set_ylabel("RMS of x")
-        title, caption = (
-            "Signal by layer",
-            (
-                "Size of the stream at each layer, embedding (0) to last block. A stream that grows makes each later "
-                "block a smaller part of it; one that stays near 1 is what a norm at the end of the block gives."
-            ),
-        )
-    caption += f" {seed_note(arms)} A failed arm is shown at the last probe it reached."
-    return Drawing(f"{what}_by_layer", title, caption, fig)
-
-
-def _similarity(arms: Sequence[Arm]) -> Drawing | None:
-    maps = []
-    for arm in arms:
-        for run in arm.shown:
-            rows = [numbers(row) for row in (run.probes[-1].get("similarity") or [])] if run.probes else []
-            if rows and all(len(row) == len(rows) for row in rows) and np.isfinite(rows).any():
-                maps.append((arm, np.stack(rows)))
-                break
-    if not maps:
-        return None
-    columns = min(5, len(maps))
-    rows_ = -(-len(maps) // columns)
-    side = (WIDTH - 0.75) / 5
-    pitch = side + 0.22
-    height = rows_ * pitch + 0.42
-    fig = Figure(figsize=(WIDTH, height))
-    low = float(np.floor(10 * min(np.nanmin(map_) for _, map_ in maps)) / 10)
-    for i, (arm, map_) in enumerate(maps):
-        row, column = divmod(i, columns)
-        left, bottom = 0.45 + column * side, height - (row + 1) * pitch + 0.08
-        box = (left / WIDTH, bottom / height, (side - 0.2) / WIDTH, (side - 0.2) / height)
-        ax = fig.add_axes(box)
-        image = ax.imshow(map_, cmap="viridis", vmin=min(low, 0.9), vmax=1, origin="lower", interpolation="none")
-        image.set_label(arm.label)
-        ax.grid(False)
-        ax.set_facecolor("#dddddd")
-        text = f"{shortened(arm.variant, 25)}{' ✕' if arm.failed else ''}"
-        for line, dy, weight in ((arm.placement, 10.5, "bold"), (text, 2.5, "normal")):
-            ax.annotate(line, (0, 1), (0, dy), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
-                        weight=weight, color=arm.look.color, parse_math=False)  # fmt: skip
-        ticks = [0, len(map_) - 1]
-        ax.set(xticks=ticks, yticks=ticks)
-        ax.tick_params(length=2, labelsize=6, pad=1.5)
-        for spine in ax.spines.values():
-            spine.set_visible(False)
-    bar = fig.add_axes((0.45 / WIDTH, 0.2 / height, 1.6 / WIDTH, 0.07 / height))
-    fig.colorbar(image, cax=bar, orientation="horizontal")
-    bar.tick_params(labelsize=6.5, length=2)
-    bar.grid(False)
-    fig.text(2.2 / WIDTH, 0.2 / height, "cosine between layers (both axes: layer, 0 = embedding)", fontsize=7,
-             color="#444444")  # fmt: skip
-    caption = (
-        "Cosine between the hidden states of every two layers at the last probe of each arm's first seed. A bright "
-        "block off the diagonal means that the layers in it hardly change their input; grey: not finite."
-    )
-    return Drawing("similarity", "Similarity of layers", caption, fig)
-
-
 def _grad_norm(arms: Sequence[Arm]) -> Drawing | None:
     last = max((r.grad_norm.steps[-1] for arm in arms for r in arm.runs if len(r.grad_norm.steps)), default=0.0)
     if not last:
@@ -333,3 +223,41 @@ def _grad_norm(arms: Sequence[Arm]) -> Drawing | None:
         f"are spikes. {seed_note(arms)} A ✕ marks where a failed arm ends, on the upper edge if above it."
     )
     return Drawing("gradient_norm", "Gradient norm", caption, fig)
+
+
+def draw_ramps(arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:
+    """Loss against the learning rate while it rises."""
+    arms = [arm for arm in arms[:MAX_ARMS] if any(len(run.learning_rate.steps) for run in arm.runs)]
+    if not arms:
+        return []
+    peak = max(run.learning_rate.values[-1] for arm in arms for run in arm.runs if len(run.learning_rate.steps))
+    last = max((run.loss.steps[-1] for arm in arms for run in arm.runs if len(run.loss.steps)), default=0)
+    if not (last and peak > 0):
+        return []
+    grid = np.unique(np.linspace(1, last, _POINTS).round())
+    fig, (ax,), label = panels(1, arms)
+    end, lows, ends = {}, [], []
+    for arm in arms:
+        rows = [smooth(run.loss, 16, grid) for run in arm.shown]
+        x, mean, low, high = band(grid / last * peak, rows)
+        if not len(x):
+            continue
+        curve(ax, arm, x, mean, low, high)
+        lows += [*mean]
+        end[arm.label] = float(mean[-1])
+        ends.append((arm, x[-1], mean[-1]))
+    top = (unigram or max(lows)) + 0.3
+    ax.set(xlim=(0, peak), ylim=(min(lows) - 0.1, top), xlabel="learning rate", ylabel="training loss (nats per token)")
+    for arm, x, y in ends:
+        if x < 0.98 * peak:
+            cross(ax, x, y, arm)
+    if unigram is not None:
+        ax.axhline(unigram, color="#222222", linewidth=0.9, linestyle=(0, (1, 2)))
+        ax.annotate("unigram model", (0.98, unigram), (0, 4), xycoords=("axes fraction", "data"), ha="right",
+                    textcoords="offset points", fontsize=7, color="#444444")  # fmt: skip
+    label(ax, end)
+    caption = (
+        "Training loss (trailing mean over 16 steps) while the learning rate rises evenly with the steps. A ✕ marks a "
+        f"ramp that ended because all that was learned was lost. {seed_note(arms)}"
+    )
+    return [Drawing("ramp", "Loss on the ramp", caption, fig)]
