@@ -27,6 +27,10 @@ STYLE = {
 }  # fmt: skip
 
 
+Band = tuple[Array, Array, Array, Array]
+"""x, and mean, least and greatest over the seeds."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure and the words under it."""
@@ -103,7 +107,31 @@ def cross(ax: Any, x: float, y: float, arm: Arm) -> None:
                 clip_on=False, zorder=6)  # fmt: skip
 
 
-def band(x: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+def color_bar(fig: Figure, image: Any, words: str) -> None:
+    """A horizontal colour bar at the lower left, with words beside it."""
+    height = fig.get_figheight()
+    bar = fig.add_axes((0.45 / WIDTH, 0.2 / height, 1.6 / WIDTH, 0.07 / height))
+    fig.colorbar(image, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=6.5, length=2)
+    bar.grid(False)
+    fig.text(2.2 / WIDTH, 0.2 / height, words, fontsize=7, color="#444444")
+
+
+def map_axes(fig: Figure, left: float, bottom: float, width: float, height: float) -> Any:
+    """Axes for a map, at a place given in inches."""
+    tall = fig.get_figheight()
+    return fig.add_axes((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+
+
+def name_map(ax: Any, arm: Arm, most: int) -> None:
+    """An arm's placement and variant above its map; the variant is cut to `most` letters."""
+    variant = f"{shortened(arm.variant, most)}{' ✕' if arm.failed else ''}"
+    for words, dy, weight in ((arm.placement, 10.5, "bold"), (variant, 2.5, "normal")):
+        ax.annotate(words, (0, 1), (0, dy), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
+                    weight=weight, color=arm.look.color, parse_math=False)  # fmt: skip
+
+
+def band(x: Array, rows: Sequence[Array]) -> Band:
     """Mean, least and greatest over the rows, where at least one is finite."""
     rows = [row for row in rows if len(row) == len(x)]
     if not rows:
