@@ -129,7 +129,7 @@ def _opened(
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
-        tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
+        tokens = {recipe_of_data: prepare_data(recipe_of_data, folder) for recipe_of_data, folder in data.items()}
         for job in _apart(jobs):
             model_config(job.recipe, tokens[job.recipe.data])
         _check_tasks(jobs, tokens)
@@ -157,16 +157,16 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
     seen = set()
     for job in _apart(jobs):
         t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
-        which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
-        if t.evaluate and which not in seen:
+        questions = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
+        if t.evaluate and questions not in seen:
             tasks_of(t, tokens[job.recipe.data], context)
-            seen.add(which)
+            seen.add(questions)
 
 
 def _check_same_comparison(recipe: Recipe, out: Path) -> None:
     if claim(out, folders.COMPARISON):
-        there = read_json(out / COMPARISON)["recipe"]
-        different = differences(there, json.loads(json.dumps(recipe.to_dict())))
+        begun = read_json(out / COMPARISON)["recipe"]
+        different = differences(begun, json.loads(json.dumps(recipe.to_dict())))
         if different:
             raise InputError(
                 f"{out} already holds another comparison: {'; '.join(different)}. Choose another --out folder."

@@ -73,14 +73,14 @@ def shape(parameters: float, aspect: float, head_size: int, blocks: int = 0) -> 
     Of all widths of whole heads the one whose width per block is nearest to `aspect` (on a log scale, parameters
     weighing four times as much), or, where `blocks` is given, whose parameters are nearest.
     """
-    found: list[tuple[float, int, int]] = []
+    shapes: list[tuple[float, int, int]] = []
     for heads in range(1, 1 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / head_size) + 1):
         width = heads * head_size
         own = block_parameters(width, ffn_size(width))
         depth = blocks or max(1, round(parameters / own))
         off = abs(math.log(depth * own / parameters))
-        found.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
-    _, depth, width = min(found)
+        shapes.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
+    _, depth, width = min(shapes)
     return depth, width
 
 
@@ -110,7 +110,7 @@ def rungs(recipe: Recipe) -> list[Rung]:
     wanted = [("size", size, ladder.tokens_per_parameter, 0) for size in sizes]
     wanted += [("tokens", side, ratio, 0) for ratio in ladder.token_ratios]
     wanted += [("depth", side, ladder.tokens_per_parameter, depth) for depth in ladder.depths]
-    found: list[Rung] = []
+    rungs: list[Rung] = []
     first = 0.0
     for kind, size, ratio, depth in wanted:
         blocks, width = shape(size, ladder.aspect, ladder.head_size, depth)
@@ -122,11 +122,11 @@ def rungs(recipe: Recipe) -> list[Rung]:
         warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
         heads = width // ladder.head_size
         rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
-        twin = next((r for r in found if r.overrides == rung.overrides), None)
+        twin = next((r for r in rungs if r.overrides == rung.overrides), None)
         if twin is not None and kind == "size":
             raise InputError(
                 f"ladder.sizes {short(size)} comes to the same model as the one before it, {twin.name}: choose sizes "
                 "further apart, or a smaller ladder.head_size."
             )
-        found += [] if twin is not None else [rung]
-    return found
+        rungs += [] if twin is not None else [rung]
+    return rungs
