@@ -132,7 +132,7 @@ def compare(
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
     from spannorm.lab.cost import cost, in_words, is_large
-    from spannorm.lab.table import print_results
+    from spannorm.lab.report.table import print_results
     from spannorm.train.recipe import load_recipe
 
     run_files(imports)
@@ -203,7 +203,7 @@ def max_lr(
     loaded = ramps(load_recipe(recipe, overrides or ()), peak)
 
     def show(results: dict[str, Any], folder: Path) -> None:
-        print_tolerances(results["arms"])
+        print_tolerances(results["jobs"])
         typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
 
     _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, finished or ())
@@ -223,7 +223,7 @@ def _compared(
 ) -> None:
     """Run a comparison, or print what would be run."""
     from spannorm.lab.compare import compare
-    from spannorm.lab.slurm import cluster
+    from spannorm.lab.jobs.slurm import cluster
 
     folder = out or Path("runs") / recipe.name
     if print_commands or dry_run:
@@ -248,7 +248,7 @@ def _to_be_run(
 ) -> str:
     """A command a line for each job that can be run now, or the array that they would be submitted as."""
     from spannorm.lab.compare import commands
-    from spannorm.lab.slurm import parse_settings, sbatch_text
+    from spannorm.lab.jobs.slurm import parse_settings, sbatch_text
 
     if dry_run and on != "slurm":
         raise InputError("--dry-run is for --on slurm: here, --print-commands prints what would be run.")
@@ -268,7 +268,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
 ) -> None:
     """Collect finished runs in one file, for `compare --results` on another machine or another day."""
-    from spannorm.lab.handover import merge
+    from spannorm.lab.jobs.handover import merge
 
     kept, equal = merge(sources, out)
     typer.echo(f"{out}  {kept} finished runs" + (f", {equal} more were equal to one of them" if equal else ""))
@@ -277,7 +277,7 @@ def merge(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A comparison's folder.")]) -> None:
     """Draw a comparison's report again, from its files alone."""
-    from spannorm.lab.report import draw_report
+    from spannorm.lab.report.page import draw_report
 
     typer.echo(draw_report(directory))
 
@@ -340,7 +340,7 @@ def depth_use(
 ) -> None:
     """Measure how a saved model uses its depth: what each block is good for, and what it is for the others."""
     from spannorm.console import wide_console
-    from spannorm.lab.depth_use import PICTURE, RESULTS, print_use, use_of_folder
+    from spannorm.lab.depth.use import PICTURE, RESULTS, print_use, use_of_folder
 
     run_files(imports)
     console = wide_console()
@@ -446,8 +446,8 @@ def theory(
     imports: Imports = None,
 ) -> None:
     """Predict signal and gradient at initialization, and say what they mean. Builds no model."""
-    from spannorm.lab.depth_report import progress, show
-    from spannorm.lab.depth_theory import cases, sizes, theory_of
+    from spannorm.lab.depth.theory import cases, sizes, theory_of
+    from spannorm.lab.depth.words import progress, show
 
     run_files(imports)
     sized = sizes(recipe, overrides or ())
@@ -496,9 +496,9 @@ def depth_check(
     imports: Imports = None,
 ) -> None:
     """Compare the theory with real models, at init and after training, and say which placements will train."""
-    from spannorm.lab.depth_check import depth_check
-    from spannorm.lab.depth_report import progress, show
-    from spannorm.lab.depth_theory import cases, sizes
+    from spannorm.lab.depth.check import depth_check
+    from spannorm.lab.depth.theory import cases, sizes
+    from spannorm.lab.depth.words import progress, show
 
     run_files(imports)
     sized = sizes(recipe, overrides or ())

@@ -13,9 +13,9 @@ import torch
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.lab.cost import config_without_tokens
+from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
-from spannorm.lab.plan import Done, Job
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe
@@ -32,9 +32,9 @@ def sealed(plan: LadderPlan, out: Path) -> Callable[[Done], list[Job]]:
         path = out / PREDICTION
         if not path.is_file():
             results = {name: read_json(out / "jobs" / name / RESULT, dict) for name in done}
-            if (said := prediction(plan, results, done)) is None:
+            if (forecast := prediction(plan, results, done)) is None:
                 return plan.jobs(done, sealed=False)
-            write_json(path, said)
+            write_json(path, forecast)
         return plan.jobs(done)
 
     return jobs
@@ -71,7 +71,7 @@ def forecast(recipe: Recipe) -> Forecast:
              f"{'operations':>10} {'runs':>4} {'hours':>6}"]  # fmt: skip
     runs, compute, hours = 0, 0.0, 0.0
     for i, rung in enumerate(plan.rungs):
-        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan._job(plan.entrants[i][0], 1e-3, 0)) / 3600
+        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.entrants[i][0], 1e-3, 0)) / 3600
         runs, compute, hours = runs + counts[i], compute + counts[i] * rung.compute, hours + own
         lines.append(
             f"{rung.kind + ': ' + rung.name:36} {f'{rung.blocks} × {rung.width}':>15} {rung.heads:>5} {rung.ffn:>5} "
