@@ -101,7 +101,9 @@ def _package(requirement: Any, mend: str, needed: bool, topic: str = "versions")
     if not requirement.specifier.contains(found, prereleases=True):
         return Check(topic, requirement.name, f"{found}, and {requirement.specifier} is needed", wrong, mend)
     if requirement.name in IMPORTED and (error := _import_error(requirement.name)):
-        return Check(topic, requirement.name, f"{found} does not load: {error}", wrong, f"install it again: {mend}")
+        of_torch = requirement.name != "torch" and _import_error("torch")
+        mend = "needs PyTorch first" if of_torch else f"install it again: {mend}"
+        return Check(topic, requirement.name, f"{found} does not load: {error}", wrong, mend)
     return Check(topic, requirement.name, found)
 
 
