@@ -138,7 +138,7 @@ def test_the_rooms_of_the_lab_look_into_each_other_in_one_direction(room):
 
 def test_nothing_imports_the_command_line():
     for path in ROOT.rglob("*.py"):
-        if path.name not in ("cli.py", "__main__.py"):
+        if path.parent.name != "cli" and path.name != "__main__.py":
             assert "cli" not in rooms(path), path.relative_to(ROOT)
 
 
@@ -153,6 +153,24 @@ def test_importing_the_package_loads_nothing_heavy_and_the_core_no_transformers(
     core = "spannorm.Block, spannorm.init_plan, spannorm.theory.predict, spannorm.probes.Probe"
     loaded = in_a_fresh_interpreter(f"import sys, spannorm; print({heavy}); {core}; print({heavy})")
     assert loaded.splitlines() == ["[]", "['torch']"]
+
+
+@pytest.mark.parametrize(
+    ("command", "may_load"),
+    [
+        ("--help", set()), ("compare --help", set()), ("placements", set()), ("placements span", set()),
+        ("theory --placements pre --depths 2", {"torch"}),
+    ],
+)  # fmt: skip
+def test_a_quick_verb_loads_nothing_heavy(command, may_load):
+    code = (
+        f"import sys; sys.argv = ['spannorm', *{command.split()!r}]\n"
+        "from spannorm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('loaded', *{'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules))"
+    )
+    assert set(in_a_fresh_interpreter(code).splitlines()[-1].split()) <= {"loaded", *may_load}
 
 
 def test_the_core_runs_without_jaxtyping():

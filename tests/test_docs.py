@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import spannorm
-from spannorm.catalog import as_text, catalog, markdown
+from spannorm.catalog import as_text, catalog, markdown, written
 from spannorm.placements import PLACEMENTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -19,6 +19,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_the_page_of_placements_is_what_the_docstrings_say() -> None:
     assert (DOCS / "placements.md").read_text(encoding="utf-8") == markdown(), "run `make docs`"
+
+
+def test_the_list_that_needs_no_pytorch_is_what_the_docstrings_say() -> None:
+    assert written() == catalog(), "run `make docs`"
 
 
 @pytest.mark.parametrize("entry", catalog(), ids=lambda e: e.name)

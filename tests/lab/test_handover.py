@@ -72,8 +72,22 @@ def test_another_recipe_other_tokens_or_another_version_are_another_run(
     assert left("older") == 0, "a file written before there was a number"
     assert left("rate", replace(one, train=replace(one.train, learning_rate=0.02))) == 1
     assert left("data", replace(one, data=replace(one.data, validation_fraction=0.3))) == 1
-    raw["finished"][0]["run"]["versions"]["spannorm"] = "0.0.1"
-    assert left("version") == 1
+    run = raw["finished"][0]["run"]
+    run["versions"]["spannorm"] = "99.0"
+    assert left("a later version whose runs end alike") == 0
+    run["runs_since"] = "99.0"
+    assert left("one whose runs end otherwise") == 1
+
+
+def test_runs_of_0_1_0_which_wrote_its_version_alone_are_taken_over(small: Recipe, done: Path, tmp_path: Path) -> None:
+    merge([done], tmp_path / "done.json")
+    raw = json.loads((tmp_path / "done.json").read_text())
+    one = replace(small, compare=CompareRecipe(arms=ARMS[:1]))
+    del raw["finished"][0]["run"]["runs_since"]
+    for version, left in (("0.1.0", 0), ("0.0.1", 1)):
+        raw["finished"][0]["run"]["versions"]["spannorm"] = version
+        (tmp_path / "done.json").write_text(json.dumps(raw))
+        assert len(commands(one, tmp_path / version, finished=[tmp_path / "done.json"])) == left
 
 
 def test_the_name_and_the_place_of_the_text_are_free(recipe: Recipe) -> None:

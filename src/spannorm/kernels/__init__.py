@@ -81,12 +81,25 @@ def add_norm(
     return _fused.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
 
 
+def chosen() -> tuple[str, str]:
+    """What a training step in bf16 runs on this machine's GPU, or else its CPU: `triton` or `reference`, and why not
+    `triton`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = "it was asked for" if _choice == "reference" else _refusal(torch.ones(1, 64, device=device).bfloat16())
+    return ("triton", "") if reason is None else ("reference", reason)
+
+
+def _refusal(x: Tensor, f: Tensor | None = None) -> str | None:
+    """Why Triton's kernels do not take these tensors; None where they do."""
+    if _choice == "auto" and not x.is_cuda:  # the interpreter is for who asks for it
+        return f"the tensors are on {x.device.type}"
+    refusal: str | None = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    return refusal
+
+
 def _takes(x: Tensor, f: Tensor | None) -> bool:
     """Whether Triton's kernels take these tensors; what `auto` makes of that is said once."""
-    if _choice == "auto" and not x.is_cuda:  # the interpreter is for who asks for it
-        reason = f"the tensors are on {x.device.type}"
-    else:
-        reason = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    reason = _refusal(x, f)
     if reason is not None and _choice == "triton":
         raise InputError(f"kernels=triton: {reason}. Choose auto or reference.")
     if not torch.compiler.is_compiling():

@@ -148,12 +148,12 @@ class Attention:
     def __post_init__(self) -> None:
         b, p = self.body, self.body.positions
         d, inner = b.hidden_size, b.attention_size
-        self.qk_power = b.power("q", d, inner, self.rule) * b.power("k", d, inner, self.rule)
+        self.q_power, self.k_power = b.power("q", d, inner, self.rule), b.power("k", d, inner, self.rule)
         self.v_power = b.power("v", d, inner, self.rule)
         self.out_power = b.power("attn_out", inner, d, self.rule)
         on_q, on_k = ("q" in self.inner_norms or b.qk_norm), ("k" in self.inner_norms or b.qk_norm)
-        self.q, self.q_std = normalized(b.power("q", d, inner, self.rule) * d * self.reads, on_q)
-        self.k, self.k_std = normalized(b.power("k", d, inner, self.rule) * d * self.reads, on_k)
+        self.q, self.q_std = normalized(self.q_power * d * self.reads, on_q)
+        self.k, self.k_std = normalized(self.k_power * d * self.reads, on_k)
         self.v, self.v_std = normalized(self.v_power * d * self.reads, "v" in self.inner_norms)
 
         same_key, two_keys = p.over_keys(self.k)
@@ -181,23 +181,29 @@ class Attention:
         d, inner = b.hidden_size, b.attention_size
         g = self.out_power * d * gradient / outer(self.mixed_std)
         # through the values: each key gathers from the queries that see it
-        same, diff = p.over_queries(self.ratio * g / self.total)
-        alone, apart = p.over_queries(g / self.total)
+        weighed = g / self.total
+        same, diff = p.over_queries(self.ratio * weighed)
+        alone, apart = p.over_queries(weighed)
         values = np.concatenate([(same[0] + diff[0])[None], (alone + apart)[1:]])
         # through the logits: dz_i = p_i g·(v_i − Σ p_k v_k); what keys and values have in common cancels
-        rotated_same, rotated_diff = b.rotation
+        through_q, through_k = self.passed
+        same, diff = p.over_queries(through_k * weighed)
+        found = self.v_power * values / outer(self.v_std) + through_q * g
+        found[0] += self.k_power * (same[0] + diff[0]) / self.k_std**2
+        return inner * found
+
+    @cached_property
+    def passed(self) -> tuple[Kernel, Kernel]:
+        """What the gradient at the mixed values is multiplied with on its way through the logits into the queries, and
+        into the keys before it is summed over queries."""
+        p, (rotated_same, rotated_diff) = self.body.positions, self.body.rotation
         k_spread = self.k_same - rotated_diff * self.k_diff
         overlap = self.ratio * p.shared / self.total
         moved = overlap * (1 - overlap)
         moved[0] = self.moved
-        into_q = g * self.v_spread * k_spread * moved / outer(self.q_std)
-        pulled = g * self.v_spread * self.q * rotated_same * moved / np.maximum(overlap, 1e-300)
-        same, diff = p.over_queries(self.ratio * pulled / self.total)
-        into_k = np.zeros_like(g)
-        into_k[0] = same[0] + diff[0]
-        into_k /= outer(self.k_std)
-        q_power, k_power = b.power("q", d, inner, self.rule), b.power("k", d, inner, self.rule)
-        return inner * (self.v_power * values / outer(self.v_std) + q_power * into_q + k_power * into_k)
+        moved *= self.v_spread
+        into_k = self.ratio * self.q * rotated_same * moved / np.maximum(overlap, 1e-300)
+        return self.q_power * k_spread * moved / outer(self.q_std), into_k
 
 
 @dataclass
@@ -250,6 +256,11 @@ class FeedForward:
         """The kernel of the gradient at what was read, from that at what was written."""
         b = self.body
         g = self.down_power * b.hidden_size * gradient / outer(self.inside_std)
-        slope = correlated_mean(ACTIVATIONS[b.hidden_act][1], self.gate_std, self.correlation)
-        through_up = self.up_power * self.gate if b.gated else 0.0
-        return self.intermediate_size * g * (through_up + self.gate_power * slope * self.up)
+        return self.intermediate_size * g * self.passed
+
+    @cached_property
+    def passed(self) -> Kernel:
+        """What the gradient inside the feed-forward is multiplied with on its way to what was read."""
+        slope = correlated_mean(ACTIVATIONS[self.body.hidden_act][1], self.gate_std, self.correlation)
+        through_up = self.up_power * self.gate if self.body.gated else 0.0
+        return through_up + self.gate_power * slope * self.up

@@ -58,16 +58,25 @@ def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel
     rest = np.sqrt(np.maximum(exact - (c**2).sum(1), 0.0))
     c = np.concatenate([c, rest[:, None]], 1)
     rho = correlation[1:]
-    total = np.zeros_like(rho)
-    for k in range(_ORDER, -1, -1):
+    products = c.T[:, :, None] * c.T[:, None]  # of each power's two coefficients, by pair
+    total = products[_ORDER]
+    for k in range(_ORDER - 1, -1, -1):
         total *= rho
-        total += np.outer(c[:, k], c[:, k])
+        total += products[k]
     return np.concatenate([exact[None], total])
+
+
+def cross(a: Array, b: Array) -> Kernel:
+    """`a_t b_s` in a kernel's shape."""
+    found = np.empty((len(a) + 1, len(a)))
+    np.multiply(a, b, out=found[0])
+    np.multiply(a[:, None], b, out=found[1:])
+    return found
 
 
 def outer(a: Array) -> Kernel:
     """`a_t a_s` in a kernel's shape: what scaling a field by `a` multiplies its kernel with."""
-    return np.concatenate([(a * a)[None], np.outer(a, a)])
+    return cross(a, a)
 
 
 @dataclass(frozen=True)

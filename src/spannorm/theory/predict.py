@@ -13,8 +13,8 @@ import numpy as np
 from spannorm.placements import Stack
 from spannorm.scaling import Branch
 from spannorm.theory.body import Body
-from spannorm.theory.kernel import Array, Kernel, normalized
-from spannorm.theory.recursion import Kernels, Walk, cross
+from spannorm.theory.kernel import Array, Kernel, cross, normalized
+from spannorm.theory.recursion import Kernels, Walk
 
 EXACT = 256
 """Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of

@@ -18,7 +18,7 @@ from spannorm.placements import Placement, Stack
 from spannorm.scaling import Branch
 from spannorm.theory.body import Attention, Body, FeedForward, Squash
 from spannorm.theory.field import Field, NoRule
-from spannorm.theory.kernel import Array, Kernel
+from spannorm.theory.kernel import Array, Kernel, cross
 from spannorm.theory.mixture import Mixture
 
 Kernels = dict[tuple[int, int], Kernel]
@@ -26,11 +26,6 @@ Kernels = dict[tuple[int, int], Kernel]
 Sublayer = Attention | FeedForward | Mixture | Squash
 Coefficients = dict[int, Array]
 """Of one field: leaf → its coefficient by position."""
-
-
-def cross(a: Array, b: Array) -> Kernel:
-    """`a_t b_s` in a kernel's shape."""
-    return np.concatenate([(a * b)[None], np.outer(a, b)])
 
 
 class _Norm(Norm):

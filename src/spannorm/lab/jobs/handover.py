@@ -1,7 +1,7 @@
 """Finished runs from another machine or an earlier day: taken over by what they are, so that none is made twice.
 
-A run is the same as another when its recipe (its name and where its text lies aside), the hash of its tokens and the
-version of spannorm are the same. What code of the user's own does (`--import`) is not looked at.
+A run is the same as another when its recipe (its name and where its text lies aside), the hash of its tokens and
+`RUNS_SINCE` are the same. What code of the user's own does (`--import`) is not looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from spannorm.files import make_folder, read_json, write_json, writing_to
 from spannorm.folders import own_folder
 from spannorm.lab.jobs.plan import Done, Job
 from spannorm.train.data import TokenData
+from spannorm.train.environment import RUNS_SINCE
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import PROBES, RECORDS
 from spannorm.train.run import RESULT, RESULT_SHAPE, RUN, run_recipe
 
-_RUN_SHAPE = {**folders.RUN.shape, "versions": {"spannorm": str}, "machine": dict}  # type: ignore[dict-item]
+_RUN_SHAPE = {**folders.RUN.shape, "versions": {"spannorm": str}, "runs_since?": str, "machine": dict}  # type: ignore[dict-item]
 FORMAT = 1
 """Of the file that `merge` writes; a file without the number is of format 1 too."""
 _SHAPE = {"format?": int, "finished": [{"run": _RUN_SHAPE, "result": RESULT_SHAPE}]}
@@ -44,17 +44,19 @@ class Finished:
 
     @property
     def identity(self) -> str:
-        return identity(self.run["recipe"], self.run["data"]["sha256"], self.run["versions"]["spannorm"])
+        since = self.run.get("runs_since") or self.run["versions"]["spannorm"]  # 0.1.0 wrote its version alone
+        return identity(self.run["recipe"], self.run["data"]["sha256"], since)
 
 
-def identity(recipe: Mapping[str, Any], tokens_sha256: str, spannorm: str) -> str:
+def identity(recipe: Mapping[str, Any], tokens_sha256: str, runs_since: str) -> str:
     """A hash of all that decides how a run ends, but for the machine's rounding.
 
     Args:
         recipe: of one run (`run_recipe`). Its tokens stand for its `data`, and its name is free.
+        runs_since: `RUNS_SINCE` of the code that ran it.
     """
     decides = {key: value for key, value in recipe.items() if key not in ("name", "data")}
-    return hashlib.sha256(json.dumps([decides, tokens_sha256, spannorm], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([decides, tokens_sha256, runs_since], sort_keys=True).encode()).hexdigest()
 
 
 def read_finished(path: Path) -> list[Finished]:
@@ -117,7 +119,6 @@ def handed_over(
         out: the comparison's folder.
     """
     known = _first_of_each(run for path in paths for run in read_finished(path))
-    here = version("spannorm")
 
     def jobs(done: Done) -> list[Job]:
         planned = plan(done)
@@ -125,7 +126,7 @@ def handed_over(
             folder = out / "jobs" / job.name
             if job.name in done or (folder / RUN).exists():
                 continue
-            if run := known.get(identity(run_recipe(job.recipe), tokens[job.recipe.data].sha256, here)):
+            if run := known.get(identity(run_recipe(job.recipe), tokens[job.recipe.data].sha256, RUNS_SINCE)):
                 _take(run, job, folder)
         return planned
 
