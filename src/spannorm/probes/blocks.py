@@ -39,6 +39,47 @@ def find_placements(model: nn.Module) -> dict[str, Any]:
     raise InputError(f"a probe reads one whole stack, blocks 0 … {depth - 1}; found blocks {there}.")
 
 
+def has_placements(model: nn.Module) -> bool:
+    """Whether any block of the model holds a placement."""
+    return any(hasattr(getattr(module, "placement", None), "layer_idx") for module in model.modules())
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> list[str]:
+    """The paths of a model's blocks, first to last, whether they hold placements or not.
+
+    Without placements the blocks are the items of a `ModuleList` or `Sequential` that is in no other such list. It must
+    be the longest one and hold the most parameters.
+
+    Args:
+        path: of the list of blocks, such as `model.layers`; None means to search for it.
+
+    Raises:
+        InputError: there is no such list, or several lists could be it.
+    """
+    if path is None and has_placements(model):
+        return list(find_placements(model))
+    name = type(model).__name__
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    if path is None:
+        outer = {n: m for n, m in lists.items() if not any(n != o and (not o or n.startswith(f"{o}.")) for o in lists)}
+        depths = {n: len(m) for n, m in outer.items()}
+        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in outer.items()}
+        candidates = [n for n in outer if depths[n] == max(depths.values()) or sizes[n] == max(sizes.values())]
+        if len(candidates) > 1:
+            shown = ", ".join(f"{n} ({depths[n]} blocks)" for n in candidates)
+            raise InputError(
+                f"{name} has several lists that may be its blocks, {shown}: give the part of the model that has one "
+                "stack, or name the list by `blocks` where that can be given."
+            )
+        path = candidates[0] if candidates else None
+    if path is None or path not in lists:
+        raise InputError(
+            f"{name} has no list of blocks{'' if path is None else f' at {path!r}'}: give a model, or the path of a "
+            "list in it, whose blocks are in a ModuleList or Sequential."
+        )
+    return [f"{path}.{child}".lstrip(".") for child, _ in lists[path].named_children()]
+
+
 def read_out(last: Any, state: Tensor) -> Tensor:
     """What the stack would hand on if it ended with this state of several streams: the last block's `exit` of it."""
     state = state.to(next((p.dtype for p in last.parameters()), state.dtype))  # a probe runs without autocast
@@ -84,13 +125,8 @@ class Blocks:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.placements: list[Any] = []
-        if any(hasattr(getattr(module, "placement", None), "layer_idx") for module in model.modules()):
-            found = find_placements(model)
-            self.placements = list(found.values())
-            self.modules = [model.get_submodule(name) for name in found]
-        else:
-            self.modules = _plain_blocks(model)
+        self.placements: list[Any] = list(find_placements(model).values()) if has_placements(model) else []
+        self.modules = [model.get_submodule(path) for path in find_blocks(model)]
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -138,15 +174,3 @@ class Blocks:
 
         hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         hooks.callback(module.register_forward_hook(leave).remove)
-
-
-def _plain_blocks(model: nn.Module) -> list[nn.Module]:
-    """The longest list of modules that is in no other list."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
-    outer = {n: m for n, m in lists.items() if not any(n != o and (not o or n.startswith(f"{o}.")) for o in lists)}
-    most = max(map(len, outer.values()), default=0)
-    longest = [name for name, found in outer.items() if len(found) == most]
-    if len(longest) != 1:
-        what = f"several lists of {most} blocks, {', '.join(longest)}" if longest else "no list of blocks"
-        raise InputError(f"{type(model).__name__} has {what}: give a model, or a part of one, that has one stack.")
-    return list(outer[longest[0]])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
-from spannorm.probes.blocks import find_placements
+from spannorm.probes.blocks import find_blocks
 from spannorm.probes.statistics import apart, exact, power
 
 
@@ -31,10 +31,10 @@ class Watch(AbstractContextManager["Watch"]):
         model: any module with a list of blocks; not compiled, since compiled code runs no hooks.
         optimizer: the one that steps.
         blocks: path of the list of blocks, such as `model.layers`; None means the blocks that hold a `placement`, or
-            else the list of modules with the most parameters.
+            else the longest list of modules, if it also has the most parameters.
 
     Raises:
-        InputError: no list of blocks was found.
+        InputError: no list of blocks was found, or several.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, blocks: str | None = None) -> None:
@@ -121,31 +121,6 @@ class Watch(AbstractContextManager["Watch"]):
                 "module that was given to torch.compile, called itself."
             )
         return {name: value.item() for name, value in sorted(self._numbers.items())}
-
-
-def find_blocks(model: nn.Module, path: str | None = None) -> list[str]:
-    """The paths of a model's blocks, first to last.
-
-    Args:
-        path: of the list that holds them; None means to look.
-
-    Raises:
-        InputError: there is no such list.
-    """
-    if path is None:
-        if any(hasattr(m, "placement") for m in model.modules()):
-            return list(find_placements(model))
-        lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-        outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in outer.items()}
-        path = max(sizes, key=sizes.__getitem__, default=None)
-    held = dict(model.named_modules()).get(path) if path is not None else None
-    if path is None or not isinstance(held, (nn.ModuleList, nn.Sequential)) or not len(held):
-        raise InputError(
-            f"{type(model).__name__} has no list of blocks{'' if path is None else f' at {path!r}'}: name a ModuleList "
-            "or Sequential of its by `blocks`."
-        )
-    return [f"{path}.{name}".lstrip(".") for name, _ in held.named_children()]
 
 
 def _group(name: str, blocks: list[str]) -> str:
