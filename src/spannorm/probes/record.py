@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from spannorm.values import finite
+
 
 @dataclass(frozen=True)
 class Record:
@@ -55,15 +57,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: finite(value) for key, value in asdict(self).items()}
 
 
 @dataclass
