@@ -5,8 +5,8 @@ It runs each placement's own equation, and needs PyTorch and NumPy. docs/theory.
 """
 
 from spannorm.theory.body import Body
+from spannorm.theory.covariance import ACTIVATIONS
 from spannorm.theory.field import NoRule
-from spannorm.theory.kernel import ACTIVATIONS
 from spannorm.theory.predict import EXACT, Prediction, predict
 from spannorm.theory.verdict import FACTOR, Verdict, advised_rule, times, verdict
 

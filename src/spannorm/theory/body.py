@@ -1,4 +1,4 @@
-"""Attention and feed-forward at initialization, as maps on the covariance between tokens (see kernel.py)."""
+"""Attention and feed-forward at initialization, as maps on the covariance between tokens (see covariance.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from spannorm.errors import InputError, unknown
 from spannorm.norms import NORMS, DyT
 from spannorm.scaling import BASE_INITS, DepthRule, Role, base_std, cut_std
-from spannorm.theory.kernel import ACTIVATIONS, Kernel, Positions, correlated_mean, normalized, outer
+from spannorm.theory.covariance import ACTIVATIONS, Covariance, Positions, correlated_mean, normalized, outer
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,18 @@ class Body:
         cut = BASE_INITS[self.base_init]
         return float((std * (cut_std(cut) if cut else 1.0) * (rule.init.get(role, 1.0) if rule else 1.0)) ** 2)
 
-    def embedding(self) -> Kernel:
-        """The embedding's kernel: two tokens are the same with probability `repeat`, and independent otherwise."""
+    def embedding(self) -> Covariance:
+        """The embedding's covariance: two tokens are the same with probability `repeat`, and independent otherwise."""
         variance = self.power("embedding", self.hidden_size, self.hidden_size) * self.embedding_multiplier**2
         return variance * self.coincidence()
 
-    def coincidence(self) -> Kernel:
+    def coincidence(self) -> Covariance:
         """1 for a token with itself, `repeat` for two."""
         n = self.positions.size
         return np.concatenate([np.ones((1, n)), np.full((n, n), self.repeat)])
 
     @cached_property
-    def rotation(self) -> tuple[Kernel, Kernel]:
+    def rotation(self) -> tuple[Covariance, Covariance]:
         """RoPE's damping of the product of a query's and a key's common part, for two queries t and s: on a key that
         both see, `mean_θ cos θ(t−s)`, and on two keys, that mean over the keys too."""
         n = self.positions.size
@@ -132,7 +132,7 @@ class Body:
 
 @dataclass
 class Attention:
-    """Causal attention: forward on the kernel of what it reads, then `backward` on the gradient's kernel.
+    """Causal attention: forward on the covariance of what it reads, then `backward` on the gradient's covariance.
 
     Queries and keys give Gaussian logits z; a mean over softmax weights is taken as the ratio of means
     (`E[p_i p_j] ∝ E[exp(z_i + z_j)]`, the annealed mean), with the logits' covariance one value for a shared key and
@@ -142,8 +142,8 @@ class Attention:
     body: Body
     rule: DepthRule
     inner_norms: Mapping[str, str]
-    reads: Kernel
-    writes: Kernel = field(init=False)
+    reads: Covariance
+    writes: Covariance = field(init=False)
 
     def __post_init__(self) -> None:
         b, p = self.body, self.body.positions
@@ -175,8 +175,8 @@ class Attention:
         self.mixed, self.mixed_std = normalized(mixed, "attn_out" in self.inner_norms)
         self.writes = self.out_power * inner * self.mixed
 
-    def backward(self, gradient: Kernel) -> Kernel:
-        """The kernel of the gradient at what was read, from that at what was written."""
+    def backward(self, gradient: Covariance) -> Covariance:
+        """The covariance of the gradient at what was read, from that at what was written."""
         b, p = self.body, self.body.positions
         d, inner = b.hidden_size, b.attention_size
         g = self.out_power * d * gradient / outer(self.mixed_std)
@@ -202,12 +202,14 @@ class Attention:
 
 @dataclass
 class Squash:
-    """DyT, `weight · tanh(alpha · x) + bias`, forward on kernels, then `backward`. Its weight and bias are those of all
-    channels."""
+    """DyT, `weight · tanh(alpha · x) + bias`: forward on covariances, then `backward`.
+
+    All channels have the same weight and the same bias.
+    """
 
     norm: DyT
-    reads: Kernel
-    writes: Kernel = field(init=False)
+    reads: Covariance
+    writes: Covariance = field(init=False)
 
     def __post_init__(self) -> None:
         alpha, self.power, shift = (p.item() for p in (self.norm.alpha, self.norm.weight.square(), self.norm.bias))
@@ -215,23 +217,25 @@ class Squash:
         self.alpha, self.std, self.correlation = alpha, alpha * std, np.clip(correlation, -1, 1)
         self.writes = self.power * correlated_mean(np.tanh, self.std, self.correlation) + shift**2
 
-    def backward(self, gradient: Kernel) -> Kernel:
-        """The kernel of the gradient at what was read, from that at what was written."""
+    def backward(self, gradient: Covariance) -> Covariance:
+        """The covariance of the gradient at what was read, from that at what was written."""
         slope = correlated_mean(lambda z: 1 - np.tanh(z) ** 2, self.std, self.correlation)
         return self.power * self.alpha**2 * slope * gradient
 
 
 @dataclass
 class FeedForward:
-    """The feed-forward `W_down(φ(W_gate n) ⊙ W_up n)`, or without a gate `W_down φ(W_up n)`, forward on kernels, then
-    `backward`."""
+    """The feed-forward `W_down(φ(W_gate n) ⊙ W_up n)`, or without a gate `W_down φ(W_up n)`.
+
+    Forward on covariances, then `backward`.
+    """
 
     body: Body
     rule: DepthRule
     inner_norms: Mapping[str, str]
-    reads: Kernel
+    reads: Covariance
     intermediate_size: int
-    writes: Kernel = field(init=False)
+    writes: Covariance = field(init=False)
 
     def __post_init__(self) -> None:
         b = self.body
@@ -246,8 +250,8 @@ class FeedForward:
         inside, self.inside_std = normalized(self.gate * self.up, "ffn_down" in self.inner_norms)
         self.writes = self.down_power * inner * inside
 
-    def backward(self, gradient: Kernel) -> Kernel:
-        """The kernel of the gradient at what was read, from that at what was written."""
+    def backward(self, gradient: Covariance) -> Covariance:
+        """The covariance of the gradient at what was read, from that at what was written."""
         b = self.body
         g = self.down_power * b.hidden_size * gradient / outer(self.inside_std)
         slope = correlated_mean(ACTIVATIONS[b.hidden_act][1], self.gate_std, self.correlation)

@@ -1,4 +1,4 @@
-"""A mixture of experts at initialization: the feed-forward's kernels, weighted by what the router makes of two tokens.
+"""A mixture of experts at initialization: the feed-forward's covariance, weighted by how the router treats two tokens.
 
     y = Σ_{e ∈ top k} w_e E_e(n) + S(n),    w from a softmax of the logits z = W n
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from spannorm.scaling import DepthRule
 from spannorm.theory.body import Body, FeedForward
-from spannorm.theory.kernel import Array, Kernel, normalized, outer
+from spannorm.theory.covariance import Array, Covariance, normalized, outer
 
 _CORRELATIONS = np.array([-0.3, 0.0, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 0.99, 1.0])
 _VARIANCES = np.array([1e-6, 0.15, 0.4, 0.7, 1.0, 1.4, 2.0, 4.0])
@@ -57,7 +57,7 @@ def _weights(logits: Array, k: int, norm_topk: bool) -> tuple[Array, Array]:
     return p * chosen, p
 
 
-def _between(table: Array, variance: Array, correlation: Kernel) -> Kernel:
+def _between(table: Array, variance: Array, correlation: Covariance) -> Covariance:
     """A table's value for each pair, linear in both; of two variances the geometric mean."""
     spread = outer(np.sqrt(variance))
     at = np.clip(np.interp(spread, _VARIANCES, np.arange(len(_VARIANCES))), 0, len(_VARIANCES) - 1 - 1e-9)
@@ -70,13 +70,13 @@ def _between(table: Array, variance: Array, correlation: Kernel) -> Kernel:
 
 @dataclass
 class Mixture:
-    """Top-k experts and a shared one, forward on kernels, then `backward`."""
+    """Top-k experts and a shared one, forward on covariances, then `backward`."""
 
     body: Body
     rule: DepthRule
     inner_norms: Mapping[str, str]
-    reads: Kernel
-    writes: Kernel = field(init=False)
+    reads: Covariance
+    writes: Covariance = field(init=False)
 
     def __post_init__(self) -> None:
         b, common = self.body, (self.body, self.rule, self.inner_norms, self.reads)
@@ -93,8 +93,8 @@ class Mixture:
         if self.shared:
             self.writes = self.writes + self.shared.writes
 
-    def backward(self, gradient: Kernel) -> Kernel:
-        """The kernel of the gradient at what was read, from that at what was written."""
+    def backward(self, gradient: Covariance) -> Covariance:
+        """The covariance of the gradient at what was read, from that at what was written."""
         experts = self.overlap * self.expert.backward(gradient)
         # at the logits the loss moves by g·E_e(n), a sum over channels
         logits = self.moved * self.expert.writes * gradient * self.body.hidden_size

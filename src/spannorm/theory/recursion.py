@@ -17,19 +17,19 @@ from spannorm.norms import DyT, Norm, scaled_add
 from spannorm.placements import Placement, Stack
 from spannorm.scaling import Branch
 from spannorm.theory.body import Attention, Body, FeedForward, Squash
+from spannorm.theory.covariance import Array, Covariance
 from spannorm.theory.field import Field, NoRule
-from spannorm.theory.kernel import Array, Kernel
 from spannorm.theory.mixture import Mixture
 
-Kernels = dict[tuple[int, int], Kernel]
+Covariances = dict[tuple[int, int], Covariance]
 """Covariance of each pair of leaves, streams or gradients; an absent pair is uncorrelated."""
 Sublayer = Attention | FeedForward | Mixture | Squash
 Coefficients = dict[int, Array]
 """Of one field: leaf → its coefficient by position."""
 
 
-def cross(a: Array, b: Array) -> Kernel:
-    """`a_t b_s` in a kernel's shape."""
+def cross(a: Array, b: Array) -> Covariance:
+    """`a_t b_s` in a covariance's shape."""
     return np.concatenate([(a * b)[None], np.outer(a, b)])
 
 
@@ -46,7 +46,7 @@ class _Norm(Norm):
 
 
 class _Squash(_Norm):
-    """DyT on fields: what it writes is a new leaf. A field that only a sublayer reads is known by its kernel."""
+    """DyT on fields: what it writes is a new leaf. A field that only a sublayer reads is known by its covariance."""
 
     def add_norm(self, x: Any, f: Any, *, return_sum: bool, **scales: Any) -> Any:
         total = x if f is None else scaled_add(x, f, **scales)
@@ -60,13 +60,13 @@ class Walk:
     """One block, walked through forward; then `backward`.
 
     Args:
-        streams: kernels of the entering streams, leaves 0, 1, …
+        streams: covariances of the entering streams, leaves 0, 1, …
 
     Raises:
         NoRule: an operation of the placement that a field cannot go through.
     """
 
-    def __init__(self, body: Body, stack: Stack, layer_idx: int, streams: Kernels) -> None:
+    def __init__(self, body: Body, stack: Stack, layer_idx: int, streams: Covariances) -> None:
         self.body, self.layer_idx, self.streams, self.leaves = body, layer_idx, streams, dict(streams)
         self.first_branch = 1 + max(i for i, _ in streams)
         self.sites: dict[str, float] = {}
@@ -104,7 +104,7 @@ class Walk:
         coefficients[:, index] = 1.0
         return coefficients.flatten(0, 1).as_subclass(Field)
 
-    def covariance(self, a: Coefficients, b: Coefficients) -> Kernel:
+    def covariance(self, a: Coefficients, b: Coefficients) -> Covariance:
         """Of two fields."""
         total = np.zeros((self.body.positions.size + 1, self.body.positions.size))
         for i, ci in a.items():
@@ -124,9 +124,9 @@ class Walk:
     def squashed(self, name: str, x: Any, norm: Any) -> Any:
         """A field through DyT; the variance of what it reads is noted under the norm's name."""
         value, slope = _parts(x)
-        kernel = self.covariance(value, value)
-        self.sites[name] = self.body.positions.mean(kernel[0])
-        return self._opened(name, Squash(norm, kernel), slope)
+        covariance = self.covariance(value, value)
+        self.sites[name] = self.body.positions.mean(covariance[0])
+        return self._opened(name, Squash(norm, covariance), slope)
 
     def _opened(self, kind: str, source: Sublayer, slope: Coefficients) -> Any:
         """A new leaf."""
@@ -160,17 +160,17 @@ class Walk:
             sublayer = FeedForward(*common, self.body.intermediate_size)
         return self._opened(kind, sublayer, slope)
 
-    def backward(self, gradients: Kernels, without: tuple[Branch, ...] = ()) -> Kernels:
-        """Kernels of the gradient at the entering streams, from those at the leaving ones.
+    def backward(self, gradients: Covariances, without: tuple[Branch, ...] = ()) -> Covariances:
+        """Covariances of the gradient at the entering streams, from those at the leaving ones.
 
         Args:
             without: branches whose output is detached: no gradient passes them.
         """
-        arriving: list[tuple[Coefficients, Coefficients, Kernel]] = [
+        arriving: list[tuple[Coefficients, Coefficients, Covariance]] = [
             (self.outputs[i], self.outputs[j], g) for (i, j), g in gradients.items()
         ]
 
-        def at(i: int, j: int) -> Kernel | None:
+        def at(i: int, j: int) -> Covariance | None:
             parts = [cross(a[i], b[j]) * g for a, b, g in arriving if i in a and j in b]
             return np.sum(parts, axis=0) if parts else None
 

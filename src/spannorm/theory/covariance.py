@@ -1,10 +1,11 @@
-"""Fields of tokens by their kernel, and the averages over Gaussian fields and softmax weights that the theory takes.
+"""Covariances between tokens, and the means over Gaussian fields and softmax weights that the theory needs.
 
-Wide layers with fresh Gaussian weights turn a field of tokens into one whose channels are independent draws with a
-known covariance. So all there is to know of a signal is its *kernel*: for two tokens at positions t and s, the mean
-product over channels, `same` for a token with itself and `diff` for two distinct tokens. Gradients alike.
+A field has a vector at each token. After a wide layer with fresh Gaussian weights, its channels are independent draws
+with a known covariance. So the theory describes a signal by its *covariance* alone: for two tokens at positions t and
+s, the mean product over channels. It is `same` for a token with itself, `diff` for two distinct tokens. A gradient is
+described in the same way.
 
-A kernel is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
+A covariance is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
 docs/theory.md derives every line.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Kernel = NDArray[np.float64]
+Covariance = NDArray[np.float64]
 
 _erf = np.vectorize(erf, otypes=[float])
 
@@ -46,7 +47,7 @@ _HERMITE = np.stack(
 )
 
 
-def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel) -> Kernel:
+def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Covariance) -> Covariance:
     """`E[f(a) f(b)]` for jointly Gaussian a, b with the given std by position and correlation by pair.
 
     Mehler's formula: with `f(σz) = Σ a_k(σ) h_k(z)` in normalized Hermite polynomials the mean is `Σ a_k a'_k ρᵏ`.
@@ -65,8 +66,8 @@ def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel
     return np.concatenate([exact[None], total])
 
 
-def outer(a: Array) -> Kernel:
-    """`a_t a_s` in a kernel's shape: what scaling a field by `a` multiplies its kernel with."""
+def outer(a: Array) -> Covariance:
+    """`a_t a_s` in a covariance's shape: what scaling a field by `a` multiplies its covariance with."""
     return np.concatenate([(a * a)[None], np.outer(a, a)])
 
 
@@ -146,23 +147,23 @@ class Positions:
         """Mean over the tokens of a sequence."""
         return float(self.weight @ per_position)
 
-    def over_keys(self, k: Kernel) -> tuple[Kernel, Kernel]:
+    def over_keys(self, k: Covariance) -> tuple[Covariance, Covariance]:
         """For queries t, s: the sum of `same` over the keys both see, and of `diff` over their other pairs of keys."""
         return self._gather(k, self.keys, self._low)
 
-    def over_queries(self, k: Kernel) -> tuple[Kernel, Kernel]:
+    def over_queries(self, k: Covariance) -> tuple[Covariance, Covariance]:
         """For keys i, j: the like sums over the queries that see them."""
         return self._gather(k, self.queries, self._high)
 
     @staticmethod
-    def _gather(k: Kernel, m: Array, common: NDArray[np.int64]) -> tuple[Kernel, Kernel]:
+    def _gather(k: Covariance, m: Array, common: NDArray[np.int64]) -> tuple[Covariance, Covariance]:
         full = m @ k[1:] @ m.T
         pairs = np.concatenate([np.diagonal(full)[None], full])
         return (m @ k[0])[common], pairs - (m @ np.diagonal(k[1:]))[common]
 
 
-def normalized(k: Kernel, on: bool = True) -> tuple[Kernel, Array]:
-    """The kernel of the field brought to unit variance, and its std by position; with `on` false as it was."""
+def normalized(k: Covariance, on: bool = True) -> tuple[Covariance, Array]:
+    """The covariance of the field brought to unit variance, and its std by position; with `on` false as it was."""
     if not on:
         return k, np.ones(k.shape[1])
     std = np.sqrt(np.maximum(k[0], 1e-300))
