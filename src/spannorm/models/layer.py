@@ -1,4 +1,4 @@
-"""One block of the language model, and the modules around it that clients find by class."""
+"""One block of the language model, and small modules that other code finds by their class."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "
 
 
 class HiddenState(nn.Identity):
-    """What passes it is recorded as a hidden state: (batch, seq, hidden), however many streams the blocks carry."""
+    """Its input is recorded as a hidden state: (batch, seq, hidden), for any number of streams."""
 
 
 class SpanNormDecoderLayer(GradientCheckpointingLayer):
-    """One block: a placement around attention and feed-forward. It knows neither which placement nor which FFN."""
+    """One block: a placement around attention and feed-forward. Its code is the same for every placement and FFN."""
 
     def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
         super().__init__()
         stack = config.stack
-        # a child of the first block and not of the model, so that a pipeline puts it where that block is
+        # a child of the first block and not of the model, so that a pipeline puts both on the same stage
         self.embedding_norm = stack.new_norm(config.hidden_size) if stack.embedding_norm and layer_idx == 0 else None
         self.placement = stack.block(layer_idx, config.hidden_size)
         self.hidden_state = HiddenState()
@@ -34,12 +34,12 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
         self.mlp = build_ffn(config, layer_idx, self.placement.inner_norms)
 
     def forward(self, hidden_states: State, *, record: bool = False, **kwargs: Any) -> State:
-        """The state that the blocks carry → the next one; with `record` it shows what it reads as a hidden state."""
+        """The state that the blocks carry → the next state. With `record`, its input is recorded as a hidden state."""
 
         def attn(x: Stream) -> Stream:
             return self.self_attn(hidden_states=x, **kwargs)[0]
 
-        def ffn(x: Stream) -> Stream:  # a function: Accelerate's hooks would move a module that is an argument
+        def ffn(x: Stream) -> Stream:  # a function, because Accelerate's hooks would move a module given as an argument
             return self.mlp(x)
 
         if self.embedding_norm is not None:

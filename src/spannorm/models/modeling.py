@@ -29,7 +29,7 @@ from spannorm.shapes import Stream
 
 def _recorder() -> OutputRecorder:
     recorder = OutputRecorder(HiddenState, capture_initial_hidden_state=False)
-    recorder.num_hidden_layers_key = "num_hidden_states"  # how many there are, for indices from the end
+    recorder.num_hidden_layers_key = "num_hidden_states"  # their number, for indices from the end
     return recorder
 
 
@@ -55,26 +55,26 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own, from safetensors alone: a pickle can run code, and is refused."""
+        """Transformers' own, from safetensors only. A pickle is refused, because it can run code."""
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise InputError("use_safetensors=False asks for a pickle: convert the weights to safetensors instead.")
         wanted = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {**RENAMED, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # save_pretrained would give old names back
-        used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
+        # otherwise save_pretrained would write the old names
+        used = getattr(model, "_weight_conversions", [])  # missing if shards were loaded
         model._weight_conversions = [c for c in used if c.source_patterns[0] not in RENAMED]
         check_feed_forwards(model.config, info)
         return (model, info) if wanted else model
 
     def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not go to; the rest are active."""
+        """The number of parameters in experts that a token does not use. All other parameters are active."""
         experts = self.config.num_experts
-        held = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        return held // experts * (experts - self.config.num_experts_per_tok) if experts else 0
+        in_experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return in_experts // experts * (experts - self.config.num_experts_per_tok) if experts else 0
 
     def init_plan(self) -> dict[str, Draw]:
-        """How every parameter is to be drawn, by this model's configuration."""
+        """How every parameter must be drawn, according to this model's configuration."""
         return init_plan(
             self,
             width=self.config.hidden_size,
@@ -100,13 +100,13 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
     @property
     def keeps_unknown_parameters(self) -> bool:
-        """Whether parameters without a role keep what their own modules draw: in a class of somebody's own."""
+        """Whether parameters without a role keep what their own modules draw: only in a user's own class."""
         return type(self).__module__ != __name__
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         # Transformers initializes module by module, but a draw needs the parameter's name, which only the root knows.
-        # So the root draws all that was neither loaded nor drawn by the body it wraps; both are flagged.
+        # So the root draws what was neither loaded nor drawn by its body; loaded and drawn parameters have a flag.
         super().initialize_weights()
         fresh = {n: p for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
         self._draw({name: draw for name, draw in self.init_plan().items() if name in fresh})
@@ -114,8 +114,8 @@ class SpanNormPreTrainedModel(PreTrainedModel):
             parameter._is_hf_initialized = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # What is left to modules one by one: RoPE's buffers, what a subclass adds, and a table that takes the place of
-        # another when the vocabulary grows.
+        # Only these are initialized module by module: RoPE's buffers, modules that a subclass adds, and a new embedding
+        # or head when the vocabulary grows.
         if isinstance(module, LlamaRotaryEmbedding):
             super()._init_weights(module)
         elif isinstance(module, (nn.Embedding, nn.Linear)) and not any(module is m for m in self.modules()):
@@ -141,18 +141,18 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class SpanNormModelOutput(MoeModelOutputWithPast):
-    """What the decoder returns. On request also:
+    """The decoder's output. On request also:
 
-    `hidden_states` (`output_hidden_states`): what each block's attention reads before its norm, and what the head reads
-    after the final norm; L + 1 of (batch, seq, hidden), whatever the placement.
-    `streams` (`output_streams`): the state after each block; of several streams (batch, seq, n, hidden).
+    `hidden_states` (`output_hidden_states`): the input of each block's attention before its norm, and the head's input
+    after the final norm; L + 1 of (batch, seq, hidden), for any placement.
+    `streams` (`output_streams`): the state after each block; with several streams (batch, seq, n, hidden).
     """
 
     streams: tuple[Tensor, ...] | None = None
 
 
 class SpanNormModel(SpanNormPreTrainedModel):
-    """The decoder: embedding, blocks, and whatever norms at the two ends the placement asks for."""
+    """The decoder: embedding, blocks, and the norms that the placement needs at both ends."""
 
     def __init__(self, config: SpanNormConfig) -> None:
         super().__init__(config)
@@ -180,7 +180,7 @@ class SpanNormModel(SpanNormPreTrainedModel):
     ) -> SpanNormModelOutput:
         """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden).
 
-        Embeddings are what `get_input_embeddings()` gives, its `embed_scale` included.
+        Embeddings must be outputs of `get_input_embeddings()`, so that its `embed_scale` is included.
         `past_key_values` is the older name of `cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -219,9 +219,10 @@ class SpanNormModel(SpanNormPreTrainedModel):
 
 @dataclass
 class SpanNormOutput(MoeCausalLMOutputWithPast):
-    """What the causal LM returns; of a mixture of experts, with labels, also the sums over its sparse layers of the
-    load-balancing loss `aux_loss` and the router z-loss `z_loss`, each before its coefficient. `hidden_states` and
-    `streams` are the decoder's."""
+    """The causal LM's output. `hidden_states` and `streams` are the decoder's.
+
+    A mixture of experts, with labels, also returns the load-balancing loss `aux_loss` and the router z-loss `z_loss`,
+    each summed over the sparse layers, before its coefficient."""
 
     z_loss: Tensor | None = None
     streams: tuple[Tensor, ...] | None = None

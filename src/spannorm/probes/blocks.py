@@ -1,4 +1,4 @@
-"""Finding a model's blocks, and standing between a placement and what it is given."""
+"""Finding a model's blocks, and changing what a block or a placement is given."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def find_placements(model: nn.Module) -> dict[str, Any]:
     """A model's placements, first block to last, by the name of the block that holds each as `placement`.
 
     Raises:
-        InputError: there are none, there are several stacks, or there is not one whole stack.
+        InputError: there are none, there are several stacks, or a stack is not complete.
     """
-    held: dict[str, Any] = {name: getattr(module, "placement", None) for name, module in model.named_modules()}
-    found = {name: p for name, p in held.items() if hasattr(p, "layer_idx") and hasattr(p, "num_layers")}
-    if not found:
+    attributes: dict[str, Any] = {name: getattr(module, "placement", None) for name, module in model.named_modules()}
+    placements = {name: p for name, p in attributes.items() if hasattr(p, "layer_idx") and hasattr(p, "num_layers")}
+    if not placements:
         raise InputError(
             f"{type(model).__name__} has no block with a `placement`: a probe reads models built of placements."
         )
-    ordered = dict(sorted(found.items(), key=lambda item: item[1].layer_idx))
-    there, depth = [p.layer_idx for p in ordered.values()], next(iter(ordered.values())).num_layers
-    if there == list(range(depth)):
+    ordered = dict(sorted(placements.items(), key=lambda item: item[1].layer_idx))
+    indices, depth = [p.layer_idx for p in ordered.values()], next(iter(ordered.values())).num_layers
+    if indices == list(range(depth)):
         return ordered
-    if len(parents := sorted({name.rpartition(".")[0] for name in found})) > 1:
+    if len(parents := sorted({name.rpartition(".")[0] for name in placements})) > 1:
         raise InputError(
             f"{type(model).__name__} has several stacks, in {', '.join(parents)}: give the part that holds one, such "
             f"as model.{parents[0]}."
         )
-    raise InputError(f"a probe reads one whole stack, blocks 0 … {depth - 1}; found blocks {there}.")
+    raise InputError(f"a probe reads one whole stack, blocks 0 … {depth - 1}; found blocks {indices}.")
 
 
 def has_placements(model: nn.Module) -> bool:
@@ -81,7 +81,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> list[str]:
 
 
 def read_out(last: Any, state: Tensor) -> Tensor:
-    """What the stack would hand on if it ended with this state of several streams: the last block's `exit` of it."""
+    """The stack's output if it ended with this state of several streams: the last block's `exit` applied to it."""
     state = state.to(next((p.dtype for p in last.parameters()), state.dtype))  # a probe runs without autocast
     shards = {f"last.{n}": p.full_tensor() for n, p in last.named_parameters() if hasattr(p, "full_tensor")}
     leave = nn.Module()
@@ -93,7 +93,7 @@ def read_out(last: Any, state: Tensor) -> Tensor:
 def intercepting(
     placements: Iterable[Any], before: Callable[[int, Tensor, Sublayer, Sublayer], Given]
 ) -> Iterator[None]:
-    """Within the context, block b works on what `before(b, x, attn, ffn)` returns."""
+    """Within the context, block b is given what `before(b, x, attn, ffn)` returns."""
 
     def hook(placement: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
         given = {**dict(zip(("x", "attn", "ffn"), args, strict=False)), **kwargs}
@@ -112,9 +112,9 @@ After = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Blocks:
-    """A model's blocks in order, of placements or of any other decoder: their states can be looked at and changed.
+    """A model's blocks in order, with or without placements. Their states can be read and changed.
 
-    The state is what block b works on: of a placement with several streams all of them, (batch, seq, n, hidden).
+    The state is the input of block b. With several streams it holds all of them, (batch, seq, n, hidden).
 
     Args:
         model: holds a whole stack of placements; or a list of blocks, as Transformers' decoders do, that take the
@@ -132,15 +132,15 @@ class Blocks:
         return len(self.modules)
 
     def read_out(self, state: Tensor) -> Tensor:
-        """(batch, seq, hidden): a single stream itself; of several what the readout makes of them, or their sum where
-        the model is not made of placements."""
+        """(batch, seq, hidden): one stream as it is. Several streams: the model's readout of them, or their sum in a
+        model without placements."""
         if state.ndim < 4:
             return state
         return read_out(self.placements[-1], state) if self.placements else state.sum(-2)
 
     @contextmanager
     def changing(self, after: After, before: Before = lambda _, x: x) -> Iterator[None]:
-        """Within the context block b reads `before(b, x)`, and hands on `after(b, x, y)` in the place of its y."""
+        """Within the context block b reads `before(b, x)`, and its output y is replaced by `after(b, x, y)`."""
         with ExitStack() as hooks:
             for b, module in enumerate(self.modules):
                 if self.placements:

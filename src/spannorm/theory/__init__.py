@@ -1,6 +1,6 @@
-"""What a placement does to signal and gradient at initialization, worked out without building the model.
+"""What a placement does to signal and gradient at initialization, computed without building the model.
 
-It runs each placement's own equation, and needs PyTorch and NumPy. docs/theory.md derives it,
+It runs each placement's own equation, and needs only PyTorch and NumPy. docs/theory.md derives it.
 `spannorm depth-check` compares it with real models.
 """
 

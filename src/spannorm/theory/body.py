@@ -16,27 +16,27 @@ from spannorm.theory.covariance import ACTIVATIONS, Covariance, Positions, corre
 
 @dataclass(frozen=True)
 class Body:
-    """The model of the sublayers at init: what the theory knows of a network besides its placement and its depth.
+    """The sublayers at init: all that the theory knows about a network, except its placement and its depth.
 
     Args:
         hidden_size: d.
         intermediate_size: channels inside the gated feed-forward.
         num_attention_heads, head_dim: heads and their size; None means d / heads.
         sequence_length: T, tokens of a sequence.
-        repeat: the chance that two positions of a sequence hold the same token, which correlates embeddings and
+        repeat: the probability that two positions of a sequence hold the same token, which correlates embeddings and
             targets; 0 for tokens drawn from a large vocabulary.
-        causal: whether a token attends to itself and those before it alone, or to all.
+        causal: whether a token attends only to itself and earlier tokens, or to all.
         gated: whether the feed-forward is `W_down(φ(W_gate n) ⊙ W_up n)`, or `W_down φ(W_up n)`.
         hidden_act: φ: silu, gelu or relu.
         qk_norm: a norm on each head's queries and keys.
-        rope_theta: RoPE's base; None for queries and keys that are not rotated.
+        rope_theta: RoPE's base; None means no rotation of queries and keys.
         base_init, initializer_range, tied: as in `spannorm.scaling.base_std`.
         embedding_multiplier: what the embedding is multiplied with.
-        norm: the norms' kind; LayerNorm is RMSNorm here, since a wide field has no mean.
+        norm: the norms' kind. LayerNorm is treated as RMSNorm, because a wide field has mean 0.
         eps: the norms' epsilon.
         num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, shared_expert_intermediate_size,
         decoder_sparse_step: as in `spannorm.models.SpanNormConfig`; no experts make a dense model.
-        num_layers: L, which base init `tiny` alone asks for; `predict` fills it in.
+        num_layers: L, which only base init `tiny` uses; `predict` fills it in.
     """
 
     hidden_size: int = 256
@@ -96,7 +96,7 @@ class Body:
         return Positions(self.sequence_length, causal=self.causal)
 
     def power(self, role: Role, fan_in: int, fan_out: int, rule: DepthRule | None = None) -> float:
-        """A matrix's variance per entry, depth rule included."""
+        """The variance of a matrix's entries, with the depth rule's factor."""
         std = base_std(role, fan_in, fan_out, width=self.hidden_size, base_init=self.base_init,
                        initializer_range=self.initializer_range, tied=self.tied,
                        num_layers=self.num_layers)  # fmt: skip
@@ -109,14 +109,15 @@ class Body:
         return variance * self.coincidence()
 
     def coincidence(self) -> Covariance:
-        """1 for a token with itself, `repeat` for two."""
+        """1 for a token with itself, `repeat` for two tokens."""
         n = self.positions.size
         return np.concatenate([np.ones((1, n)), np.full((n, n), self.repeat)])
 
     @cached_property
     def rotation(self) -> tuple[Covariance, Covariance]:
-        """RoPE's damping of the product of a query's and a key's common part, for two queries t and s: on a key that
-        both see, `mean_θ cos θ(t−s)`, and on two keys, that mean over the keys too."""
+        """How much RoPE reduces the product of a query's and a key's common part, for two queries t and s.
+
+        For one key that both see it is `mean_θ cos θ(t−s)`. For two keys it is that mean, also over the keys."""
         n = self.positions.size
         if self.rope_theta is None:
             return np.ones((n + 1, n)), np.ones((n + 1, n))
@@ -132,10 +133,10 @@ class Body:
 
 @dataclass
 class Attention:
-    """Causal attention: forward on the covariance of what it reads, then `backward` on the gradient's covariance.
+    """Causal attention: forward on its input's covariance, then `backward` on the gradient's covariance.
 
-    Queries and keys give Gaussian logits z; a mean over softmax weights is taken as the ratio of means
-    (`E[p_i p_j] ∝ E[exp(z_i + z_j)]`, the annealed mean), with the logits' covariance one value for a shared key and
+    Queries and keys give Gaussian logits z. A mean over softmax weights is approximated by the ratio of means
+    (`E[p_i p_j] ∝ E[exp(z_i + z_j)]`, the annealed mean). The logits' covariance has one value for a shared key and
     one for two keys.
     """
 
@@ -159,8 +160,8 @@ class Attention:
         same_key, two_keys = p.over_keys(self.k)
         self.k_same, self.k_diff = same_key / p.shared, two_keys / np.maximum(p.pairs, 1e-9)
         rotated_same, rotated_diff = b.rotation
-        # how much likelier two queries put their weight on one key than on two: exp of the difference of covariances
-        # in the annealed mean, brought to the quadrature's value where both are one query
+        # how much more likely two queries attend to one key than to two: exp of the difference of covariances in the
+        # annealed mean, scaled so that for one query it equals the quadrature's value
         covariance = self.q * (rotated_same * self.k_same - rotated_diff * self.k_diff)
         variance = np.maximum(covariance[0], 1e-9)
         exact = p.softmax.at(p.softmax.overlap, variance)
@@ -180,11 +181,11 @@ class Attention:
         b, p = self.body, self.body.positions
         d, inner = b.hidden_size, b.attention_size
         g = self.out_power * d * gradient / outer(self.mixed_std)
-        # through the values: each key gathers from the queries that see it
+        # through the values: a key's gradient is a sum over the queries that see it
         same, diff = p.over_queries(self.ratio * g / self.total)
         alone, apart = p.over_queries(g / self.total)
         values = np.concatenate([(same[0] + diff[0])[None], (alone + apart)[1:]])
-        # through the logits: dz_i = p_i g·(v_i − Σ p_k v_k); what keys and values have in common cancels
+        # through the logits: dz_i = p_i g·(v_i − Σ p_k v_k); the common part of keys and of values cancels
         rotated_same, rotated_diff = b.rotation
         k_spread = self.k_same - rotated_diff * self.k_diff
         overlap = self.ratio * p.shared / self.total

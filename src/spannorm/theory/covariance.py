@@ -67,13 +67,13 @@ def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Covari
 
 
 def outer(a: Array) -> Covariance:
-    """`a_t a_s` in a covariance's shape: what scaling a field by `a` multiplies its covariance with."""
+    """`a_t a_s` in a covariance's shape. If a field is scaled by `a`, its covariance is multiplied by this."""
     return np.concatenate([(a * a)[None], np.outer(a, a)])
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """What a softmax over t keys with independent logits N(0, s²) does on average, by quadrature.
+    """Means over a softmax of t keys with independent logits N(0, s²), by quadrature.
 
     `1/Z^k = ∫ u^(k−1) e^(−uZ) du / Γ(k)` with `Z = Σ exp z_i` turns a mean over all t logits into powers of one-logit
     means, `E[p_1^a p_2^b] = ∫ u^(a+b−1) φ_a(u) φ_b(u) φ_0(u)^(t−2) du / Γ(a+b)`, `φ_k(u) = E[e^(kz) exp(−u e^z)]`.
@@ -84,7 +84,7 @@ class Softmax:
     overlap: Array
     """`E[Σ p_i²]`, by s² and t."""
     moved: Array
-    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how far a change of the logits moves the mean, by s² and t."""
+    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how much a change of the logits changes the mean, by s² and t."""
 
     @classmethod
     def over(cls, t: Array) -> Softmax:
@@ -112,10 +112,10 @@ class Softmax:
 
 
 class Positions:
-    """At most `nodes` positions standing for a sequence: bins whose width grows with the distance from the start.
+    """At most `nodes` positions that represent a sequence: bins whose width grows with the distance from the start.
 
-    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence. Where
-    attention is not causal all positions are alike, and one node stands for them.
+    `count`: the tokens at or before a node, which are a query's keys. `weight`: the bin's share of the sequence.
+    Without a causal mask all positions are equal, and one node represents them.
     """
 
     def __init__(self, length: int, nodes: int = 20, causal: bool = True) -> None:
@@ -148,11 +148,11 @@ class Positions:
         return float(self.weight @ per_position)
 
     def over_keys(self, k: Covariance) -> tuple[Covariance, Covariance]:
-        """For queries t, s: the sum of `same` over the keys both see, and of `diff` over their other pairs of keys."""
+        """For queries t, s: the sum of `same` over keys that both see, and of `diff` over their other pairs of keys."""
         return self._gather(k, self.keys, self._low)
 
     def over_queries(self, k: Covariance) -> tuple[Covariance, Covariance]:
-        """For keys i, j: the like sums over the queries that see them."""
+        """For keys i, j: the same sums over the queries that see them."""
         return self._gather(k, self.queries, self._high)
 
     @staticmethod
@@ -163,7 +163,7 @@ class Positions:
 
 
 def normalized(k: Covariance, on: bool = True) -> tuple[Covariance, Array]:
-    """The covariance of the field brought to unit variance, and its std by position; with `on` false as it was."""
+    """The covariance of the field divided by its std, and the std by position. With `on` false: unchanged, and 1."""
     if not on:
         return k, np.ones(k.shape[1])
     std = np.sqrt(np.maximum(k[0], 1e-300))

@@ -1,4 +1,4 @@
-"""A whole stack: what the theory says of a placement, a depth rule and a depth."""
+"""A whole stack: what the theory predicts for a placement, a depth rule and a depth."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spannorm.theory.covariance import Array, Covariance, normalized
 from spannorm.theory.recursion import Covariances, Walk, cross
 
 EXACT = 256
-"""Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of
-b/`STRETCH` blocks is worked out as two and continued as a geometric series."""
+"""Up to this depth every block is computed. In deeper stacks little changes from block to block: a stretch of
+b/`STRETCH` blocks is computed from two of them, and continued as a geometric series."""
 STRETCH = 14
 
 PATHS: Mapping[str, tuple[Branch, ...]] = {
     "total": (), "skip": ("attn", "ffn"), "without attention": ("attn",), "without ffn": ("ffn",),
 }  # fmt: skip
-"""The gradients that are followed down the stack, and the branches that each does not pass."""
+"""The gradients that are followed from output to input, and the branches through which each does not pass."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Prediction:
     depth_rule: str
     num_layers: int
     blocks: tuple[int, ...]
-    """The blocks that were worked out: all of them up to `EXACT`."""
+    """The blocks that were computed: all of them in a stack of at most `EXACT` blocks."""
     variance: Mapping[str, tuple[float, ...]]
-    """Mean square over tokens and channels at each site: what the norm of that name reads, and `output`, what leaves
-    the block. NaN where a block has no such norm."""
+    """Mean square over tokens and channels: of the input of each norm, by its name, and of the block's output
+    (`output`). NaN if a block has no such norm."""
     correlation: tuple[float, ...]
-    """Cosine between two tokens of a sequence in what leaves the block."""
+    """Cosine between two tokens of a sequence in the block's output."""
     attention_share: tuple[float, ...]
     """Share of the gradient's power at the block's input that passed through attention."""
     ffn_share: tuple[float, ...]
-    """The like share of the feed-forward."""
+    """The same share for the feed-forward."""
     log_gradient: tuple[float, ...]
-    """ln of the gradient's RMS at the block's input, over that at the stack's output. Of several streams it is the
-    gradient of a push on all at once."""
+    """ln of the gradient's RMS at the block's input, divided by that at the stack's output. With several streams: the
+    gradient with respect to a change that is added to all streams at once."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
@@ -55,7 +55,7 @@ class Prediction:
     total_attention_share: float
     """Share of the gradient's power at the embedding that passed through any attention."""
     total_ffn_share: float
-    """The like share of the feed-forwards."""
+    """The same share for the feed-forwards."""
 
 
 def predict(
@@ -166,8 +166,9 @@ def _backward(stretches: list[Stretch], body: Body) -> tuple[list[float], list[t
 
 
 def _continued(first: Covariances, second: Covariances, third: Covariances, steps: int) -> Covariances:
-    """Where a sequence of covariances stands after `steps` steps, continued from its first three as a geometric series:
-    the logarithm of the powers, and the correlations."""
+    """A sequence of covariances after `steps` steps, from its first three terms.
+
+    The logarithms of the powers, and the correlations, continue as geometric series."""
     (powers, shapes) = zip(*(_split(k) for k in (first, second, third)), strict=True)
     power = {i: np.exp(k) for i, k in _series(powers, steps).items()}
     shape = _series(shapes, steps)
@@ -197,9 +198,9 @@ def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
 def _descend(
     block: Walk, covariances: dict[str, Covariances], path: str, length: int, rates: dict[str, float], body: Body
 ) -> float:
-    """Bring a path's gradient `length` blocks further down; the logarithm of what it gains.
+    """Move a path's gradient `length` blocks towards the input. Returns the logarithm of its gain.
 
-    In a long stretch the gain per block runs evenly from this block's to that of the block above the stretch.
+    In a long stretch the gain per block changes linearly, from this block's to that of the block above the stretch.
     """
     start = covariances[path]
     gains, below = [], [start]
@@ -227,7 +228,7 @@ def _power(covariances: Covariances, body: Body) -> float:
 
 
 def _meeting(covariances: Covariances, body: Body) -> float:
-    """Power of the gradient of a push on all streams at once, as the embedding gives it."""
+    """Power of the gradient with respect to a change that is added to all streams at once, as the embedding's is."""
     return body.positions.mean(sum(covariances.values(), np.zeros(1))[0])
 
 
