@@ -14,8 +14,8 @@ import spannorm
 
 ROOT = Path(spannorm.__file__).parent
 CORE = (
-    *("errors", "values", "scaling", "model_keys", "shapes", "kernels", "norms", "placements", "roles", "init"),
-    *("block", "routing", "theory", "probes"),
+    *("errors", "values", "files", "scaling", "model_keys", "shapes", "kernels", "norms", "placements", "roles"),
+    *("init", "block", "routing", "theory", "probes"),
 )
 
 EDGE = ("torchtitan",)  # what another engine is given of the core
@@ -24,6 +24,7 @@ EDGE = ("torchtitan",)  # what another engine is given of the core
 MAY_IMPORT = {
     "errors": ((), ()),
     "values": (("errors",), ()),
+    "files": (("errors", "values"), ()),
     "scaling": (("errors",), ()),
     "model_keys": (("errors", "scaling", "values"), ()),
     "shapes": ((), ("torch", "jaxtyping")),
@@ -34,10 +35,10 @@ MAY_IMPORT = {
     "init": (("errors", "scaling", "roles"), ("torch",)),
     "routing": ((), ("torch",)),
     "theory": (("errors", "scaling", "norms", "placements"), ("numpy", "torch")),
-    "probes": (("errors",), ("torch",)),
+    "probes": (("errors", "values"), ("torch",)),
     "block": (("placements", "shapes"), ("torch",)),
     "torchtitan": (
-        ("errors", "placements", "roles", "init", "adopt", "inner_norms"),
+        ("errors", "files", "placements", "roles", "init", "adopt", "inner_norms"),
         ("numpy", "torch", "torchtitan", "spmd_types"),
     ),
 }

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from spannorm.console import wide_console
 from spannorm.errors import InputError
 from spannorm.evaluate.tasks import quiet
-from spannorm.files import finite, make_folder, write_bytes, write_json, writing_to
+from spannorm.files import make_folder, write_bytes, write_json, writing_to
 from spannorm.lab.report.figures.panels import STYLE, WIDTH, plain_log
 from spannorm.loading import load
 from spannorm.models import SpanNormConfig
@@ -28,6 +28,7 @@ from spannorm.probes import depth_use
 from spannorm.rewiring.configuration import MODEL_TYPE
 from spannorm.train.environment import machine, versions
 from spannorm.train.evaluation import SPLIT, fast_tokenizer, model_folder, run_tokens
+from spannorm.values import finite
 
 RESULTS, PICTURE = "results.json", "depth_use.png"
 FIT = 4

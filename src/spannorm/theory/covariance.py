@@ -1,10 +1,11 @@
-"""Fields of tokens by their kernel, and the averages over Gaussian fields and softmax weights that the theory takes.
+"""Covariances between tokens, and the means over Gaussian fields and softmax weights that the theory needs.
 
-Wide layers with fresh Gaussian weights turn a field of tokens into one whose channels are independent draws with a
-known covariance. So all there is to know of a signal is its *kernel*: for two tokens at positions t and s, the mean
-product over channels, `same` for a token with itself and `diff` for two distinct tokens. Gradients alike.
+A field has a vector at each token. After a wide layer with fresh Gaussian weights, its channels are independent draws
+with a known covariance. So the theory describes a signal by its *covariance* alone: for two tokens at positions t and
+s, the mean product over channels. It is `same` for a token with itself, `diff` for two distinct tokens. A gradient is
+described in the same way.
 
-A kernel is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
+A covariance is one array (n + 1, n): row 0 holds `same` at n positions, row 1 + t column s holds `diff` for t and s.
 docs/theory.md derives every line.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Kernel = NDArray[np.float64]
+Covariance = NDArray[np.float64]
 
 _erf = np.vectorize(erf, otypes=[float])
 
@@ -46,7 +47,7 @@ _HERMITE = np.stack(
 )
 
 
-def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel) -> Kernel:
+def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Covariance) -> Covariance:
     """`E[f(a) f(b)]` for jointly Gaussian a, b with the given std by position and correlation by pair.
 
     Mehler's formula: with `f(σz) = Σ a_k(σ) h_k(z)` in normalized Hermite polynomials the mean is `Σ a_k a'_k ρᵏ`.
@@ -66,22 +67,22 @@ def correlated_mean(f: Callable[[Array], Array], std: Array, correlation: Kernel
     return np.concatenate([exact[None], total])
 
 
-def cross(a: Array, b: Array) -> Kernel:
-    """`a_t b_s` in a kernel's shape."""
+def cross(a: Array, b: Array) -> Covariance:
+    """`a_t b_s` in a covariance's shape."""
     found = np.empty((len(a) + 1, len(a)))
     np.multiply(a, b, out=found[0])
     np.multiply(a[:, None], b, out=found[1:])
     return found
 
 
-def outer(a: Array) -> Kernel:
-    """`a_t a_s` in a kernel's shape: what scaling a field by `a` multiplies its kernel with."""
+def outer(a: Array) -> Covariance:
+    """`a_t a_s` in a covariance's shape: If a field is scaled by `a`, its covariance is multiplied by this."""
     return cross(a, a)
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """What a softmax over t keys with independent logits N(0, s²) does on average, by quadrature.
+    """Means over a softmax of t keys with independent logits N(0, s²), by quadrature.
 
     `1/Z^k = ∫ u^(k−1) e^(−uZ) du / Γ(k)` with `Z = Σ exp z_i` turns a mean over all t logits into powers of one-logit
     means, `E[p_1^a p_2^b] = ∫ u^(a+b−1) φ_a(u) φ_b(u) φ_0(u)^(t−2) du / Γ(a+b)`, `φ_k(u) = E[e^(kz) exp(−u e^z)]`.
@@ -92,7 +93,7 @@ class Softmax:
     overlap: Array
     """`E[Σ p_i²]`, by s² and t."""
     moved: Array
-    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how far a change of the logits moves the mean, by s² and t."""
+    """`E[Σ p_i² (1 − 2 p_i + Σ p_k²)]`: how much a change of the logits changes the mean, by s² and t."""
 
     @classmethod
     def over(cls, t: Array) -> Softmax:
@@ -120,10 +121,10 @@ class Softmax:
 
 
 class Positions:
-    """At most `nodes` positions standing for a sequence: bins whose width grows with the distance from the start.
+    """At most `nodes` positions that represent a sequence: bins whose width grows with the distance from the start.
 
-    `count` tokens stand at or before a node (a query's keys), `weight` is the bin's share of the sequence. Where
-    attention is not causal all positions are alike, and one node stands for them.
+    `count`: the tokens at or before a node, which are a query's keys. `weight`: the bin's share of the sequence.
+    Without a causal mask all positions are equal, and one node represents them.
     """
 
     def __init__(self, length: int, nodes: int = 20, causal: bool = True) -> None:
@@ -155,23 +156,23 @@ class Positions:
         """Mean over the tokens of a sequence."""
         return float(self.weight @ per_position)
 
-    def over_keys(self, k: Kernel) -> tuple[Kernel, Kernel]:
-        """For queries t, s: the sum of `same` over the keys both see, and of `diff` over their other pairs of keys."""
+    def over_keys(self, k: Covariance) -> tuple[Covariance, Covariance]:
+        """For queries t, s: the sum of `same` over keys that both see, and of `diff` over their other pairs of keys."""
         return self._gather(k, self.keys, self._low)
 
-    def over_queries(self, k: Kernel) -> tuple[Kernel, Kernel]:
-        """For keys i, j: the like sums over the queries that see them."""
+    def over_queries(self, k: Covariance) -> tuple[Covariance, Covariance]:
+        """For keys i, j: the same sums over the queries that see them."""
         return self._gather(k, self.queries, self._high)
 
     @staticmethod
-    def _gather(k: Kernel, m: Array, common: NDArray[np.int64]) -> tuple[Kernel, Kernel]:
+    def _gather(k: Covariance, m: Array, common: NDArray[np.int64]) -> tuple[Covariance, Covariance]:
         full = m @ k[1:] @ m.T
         pairs = np.concatenate([np.diagonal(full)[None], full])
         return (m @ k[0])[common], pairs - (m @ np.diagonal(k[1:]))[common]
 
 
-def normalized(k: Kernel, on: bool = True) -> tuple[Kernel, Array]:
-    """The kernel of the field brought to unit variance, and its std by position; with `on` false as it was."""
+def normalized(k: Covariance, on: bool = True) -> tuple[Covariance, Array]:
+    """The covariance of the field divided by its std, and the std by position. With `on` false: unchanged, and 1."""
     if not on:
         return k, np.ones(k.shape[1])
     std = np.sqrt(np.maximum(k[0], 1e-300))
