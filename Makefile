@@ -48,11 +48,12 @@ test-hf: install
 	$(BIN)/python tests_hf/run.py --json runs/hf/results.json
 
 lint: install
-	$(BIN)/ruff check src tests tests_hf benchmarks examples site
-	$(BIN)/ruff format --check src tests tests_hf benchmarks examples site
+	$(BIN)/ruff check src tests tests_hf benchmarks examples site tools
+	$(BIN)/ruff format --check src tests tests_hf benchmarks examples site tools
 	$(BIN)/mypy
 
 docs: install
+	$(BIN)/python -c 'from spannorm.catalog import write; write()'
 	$(BIN)/python -c 'from spannorm.catalog import markdown; print(markdown(), end="")' > docs/placements.md
 	$(BIN)/python -m spannorm.train.packages > docs/corpus.md
 

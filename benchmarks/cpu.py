@@ -17,11 +17,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from torch import nn
+from step import step_of
 from turns import Result, as_dicts, in_turns, table, timed
 
 from spannorm.files import write_json
-from spannorm.init import parameter_groups
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.train.environment import cores, machine, versions
 
@@ -35,18 +34,8 @@ def stepper(body: str, batch: int = 4, length: int = 128, compiled: bool = False
     depth, width = BODIES[body]
     sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 16}
     model = SpanNormForCausalLM(SpanNormConfig(vocab_size=257, num_hidden_layers=depth, placement="span", **sizes))
-    groups = parameter_groups(model, learning_rate=1e-4, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(groups, **(adamw or {"fused": True}))
-    forward = torch.compile(model, fullgraph=True) if compiled else model
     ids = torch.randint(0, 257, (batch, length))
-
-    def step() -> None:
-        forward(ids, labels=ids, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return step_of(model, ids, compiled=compiled, adamw=adamw, use_cache=False)
 
 
 def with_threads(threads: int, turn: Callable[[], float]) -> Callable[[], float]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from step import step_of
+from turns import timed
 
 from spannorm.files import write_json
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
@@ -36,12 +37,6 @@ PROBES: dict[str, dict[str, bool]] = {
 }
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def ratios(placement: str, width: int, depth: int, rounds: int) -> tuple[float, dict[str, float]]:
     """Median seconds of a step without a probe, and each kind of probing over it."""
     config = SpanNormConfig(
@@ -53,14 +48,12 @@ def ratios(placement: str, width: int, depth: int, rounds: int) -> tuple[float, 
         placement=placement,
     )
     model = SpanNormForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(0, 257, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    bare = step_of(model, ids)
 
     def step(options: dict[str, bool] | None) -> None:
         with nullcontext() if options is None else Probe(model, **options) as probe:
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            bare()
         if probe is not None:
             probe.record()
 
@@ -69,7 +62,7 @@ def ratios(placement: str, width: int, depth: int, rounds: int) -> tuple[float, 
     kinds["measure"] = lambda: measure(model, lambda: model(ids, labels=ids).loss)
     for work in kinds.values():
         work()
-    turns = [{name: seconds(work) for name, work in kinds.items()} for _ in range(rounds)]
+    turns = [{name: timed(work)() for name, work in kinds.items()} for _ in range(rounds)]
     return (
         statistics.median(turn["off"] for turn in turns),
         {name: statistics.median(turn[name] / turn["off"] for turn in turns) for name in kinds if name != "off"},

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step import step_of
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import timed
 
 import spannorm
 from spannorm.files import write_json
@@ -26,28 +27,18 @@ SIZES = {"vocab_size": 257, "hidden_size": 256, "intermediate_size": 688, "num_a
 BATCH, LENGTH = 4, 128
 
 
-def step_of(placement: str | None, depth: int) -> Callable[[], float]:
+def turn_of(placement: str | None, depth: int) -> Callable[[], float]:
     """One optimizer step of a model, untouched or rewired; returns its seconds."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=depth, **SIZES))
     if placement is not None:
         spannorm.rewire(model, placement)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, 257, (BATCH, LENGTH))
-
-    def step() -> float:
-        began = time.perf_counter()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - began
-
-    return step
+    return timed(step_of(model, torch.randint(0, 257, (BATCH, LENGTH)), use_cache=False))
 
 
 def measure(depth: int, rounds: int) -> dict[str, float]:
     """Median ratio of each model's step time to the untouched one's."""
-    steps = {name or "untouched": step_of(name, depth) for name in (None, "pre", "post", "span")}
+    steps = {name or "untouched": turn_of(name, depth) for name in (None, "pre", "post", "span")}
     seconds: list[dict[str, float]] = []
     for turn in range(rounds + 2):  # two rounds to warm up
         names = list(steps)

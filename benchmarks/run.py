@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step import HALF, loss_of, step_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -25,7 +26,6 @@ from turns import DEVICE, Result, as_dicts, in_turns, kept_mib, table, timed
 
 from spannorm import kernels
 from spannorm.files import write_json
-from spannorm.init import parameter_groups
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.placements import PLACEMENTS
 from spannorm.probes import measure
@@ -34,7 +34,6 @@ from spannorm.train.environment import machine, versions
 from spannorm.train.recipe import TrainRecipe
 
 GPU = DEVICE == "cuda"
-HALF = torch.bfloat16
 SIZES: dict[str, int] = (
     {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
     if GPU
@@ -101,29 +100,6 @@ def litgpt(depth: int = DEPTH, length: int = LENGTH) -> nn.Module:
 def tokens(batch: int = BATCH, length: int = LENGTH) -> Tensor:
     ids = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(0))
     return ids.to(DEVICE)
-
-
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.autocast(DEVICE, HALF, enabled=GPU):
-        return model(ids, labels=ids).loss
-
-
-def step_of(model: nn.Module, ids: Tensor, compiled: bool = False) -> Callable[[], None]:
-    """One optimizer step as the Trainer takes it."""
-    if isinstance(model, SpanNormForCausalLM):
-        groups: Any = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1)
-    else:
-        groups = model.parameters()
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    run = torch.compile(model, fullgraph=True) if compiled else model
-
-    def step() -> None:
-        loss_of(run, ids).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 # ----------------------------------------------------------------------------------------------------------- rows

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 
 import torch
+from step import step_of
 from torch.profiler import ProfilerActivity, profile
+from turns import DEVICE
 
-from spannorm.init import parameter_groups
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 
-GPU = torch.cuda.is_available()
+GPU = DEVICE == "cuda"
 KINDS = {
     "matrix products": ("mm", "bmm", "linear", "gemm", "cutlass", "nvjet"),
     "add and norm": ("add_norm", "AddRMSNorm", "rms_norm", "vector_norm", "rsqrt"),
@@ -35,22 +36,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
-    device = "cuda" if GPU else "cpu"
     sizes = {"hidden_size": o.width, "intermediate_size": 11 * o.width // 4, "num_attention_heads": o.width // 16}
     config = SpanNormConfig(vocab_size=257, num_hidden_layers=o.depth, placement=o.placement, **sizes)
-    model = SpanNormForCausalLM(config).to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4, weight_decay=0.1), fused=True)
-    forward = torch.compile(model) if o.compile else model
-    ids = torch.randint(0, 257, tuple(o.tokens), device=device)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=GPU):
-            loss = forward(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    model = SpanNormForCausalLM(config).to(DEVICE).train()
+    ids = torch.randint(0, 257, tuple(o.tokens), device=DEVICE)
+    step = step_of(model, ids, compiled=o.compile, use_cache=False)
     for _ in range(3):
         step()
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from spannorm import theory
 from spannorm.files import read_json, write_json
-from spannorm.lab.panels import STYLE, WIDTH
+from spannorm.lab.report.figures.panels import STYLE, WIDTH
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.placements import PLACEMENTS
 from spannorm.probes import gradient_paths, measure

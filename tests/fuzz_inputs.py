@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spannorm.errors import InputError
-from spannorm.lab.plan import Plan
+from spannorm.lab.jobs.plan import Plan
 from spannorm.model_keys import MODEL_KEYS
 from spannorm.models import SpanNormForCausalLM
 from spannorm.placements import PLACEMENTS

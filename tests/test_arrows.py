@@ -14,8 +14,8 @@ import spannorm
 
 ROOT = Path(spannorm.__file__).parent
 CORE = (
-    *("errors", "values", "scaling", "model_keys", "shapes", "kernels", "norms", "placements", "roles", "init"),
-    *("block", "routing", "theory", "probes"),
+    *("errors", "values", "files", "scaling", "model_keys", "shapes", "kernels", "norms", "placements", "roles"),
+    *("init", "block", "routing", "theory", "probes"),
 )
 
 EDGE = ("torchtitan",)  # what another engine is given of the core
@@ -24,6 +24,7 @@ EDGE = ("torchtitan",)  # what another engine is given of the core
 MAY_IMPORT = {
     "errors": ((), ()),
     "values": (("errors",), ()),
+    "files": (("errors", "values"), ()),
     "scaling": (("errors",), ()),
     "model_keys": (("errors", "scaling", "values"), ()),
     "shapes": ((), ("torch", "jaxtyping")),
@@ -34,10 +35,10 @@ MAY_IMPORT = {
     "init": (("errors", "scaling", "roles"), ("torch",)),
     "routing": ((), ("torch",)),
     "theory": (("errors", "scaling", "norms", "placements"), ("numpy", "torch")),
-    "probes": (("errors",), ("torch",)),
+    "probes": (("errors", "values"), ("torch",)),
     "block": (("placements", "shapes"), ("torch",)),
     "torchtitan": (
-        ("errors", "placements", "roles", "init", "adopt", "inner_norms"),
+        ("errors", "files", "placements", "roles", "init", "adopt", "inner_norms"),
         ("numpy", "torch", "torchtitan", "spmd_types"),
     ),
 }
@@ -115,9 +116,30 @@ def test_the_rooms_of_rewiring_import_each_other_in_one_direction():
             del stands_on[name]
 
 
+# The rooms of the lab, each with those that it may look into; the files beside them are entry points.
+LAB = {
+    "results": set(),
+    "jobs": {"results"},
+    "ladder": {"jobs", "results"},
+    "report": {"results", "ladder.fit"},
+    "depth": {"report.looks", "report.figures"},
+}
+
+
+@pytest.mark.parametrize("room", LAB)
+def test_the_rooms_of_the_lab_look_into_each_other_in_one_direction(room):
+    files = list((ROOT / "lab" / room).rglob("*.py"))
+    assert files and {path.name for path in (ROOT / "lab").iterdir() if path.is_dir()} - {"__pycache__"} == set(LAB)
+    for path in files:
+        for name in imports(path):
+            inner = name.removeprefix("spannorm.lab.")
+            if inner != name and not inner.startswith(f"{room}."):
+                assert any(f"{inner}.".startswith(f"{other}.") for other in LAB[room]), f"{path.name} imports {name}"
+
+
 def test_nothing_imports_the_command_line():
     for path in ROOT.rglob("*.py"):
-        if path.name not in ("cli.py", "__main__.py"):
+        if path.parent.name != "cli" and path.name != "__main__.py":
             assert "cli" not in rooms(path), path.relative_to(ROOT)
 
 
@@ -132,6 +154,24 @@ def test_importing_the_package_loads_nothing_heavy_and_the_core_no_transformers(
     core = "spannorm.Block, spannorm.init_plan, spannorm.theory.predict, spannorm.probes.Probe"
     loaded = in_a_fresh_interpreter(f"import sys, spannorm; print({heavy}); {core}; print({heavy})")
     assert loaded.splitlines() == ["[]", "['torch']"]
+
+
+@pytest.mark.parametrize(
+    ("command", "may_load"),
+    [
+        ("--help", set()), ("compare --help", set()), ("placements", set()), ("placements span", set()),
+        ("theory --placements pre --depths 2", {"torch"}),
+    ],
+)  # fmt: skip
+def test_a_quick_verb_loads_nothing_heavy(command, may_load):
+    code = (
+        f"import sys; sys.argv = ['spannorm', *{command.split()!r}]\n"
+        "from spannorm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('loaded', *{'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules))"
+    )
+    assert set(in_a_fresh_interpreter(code).splitlines()[-1].split()) <= {"loaded", *may_load}
 
 
 def test_the_core_runs_without_jaxtyping():

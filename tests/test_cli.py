@@ -56,8 +56,10 @@ def test_a_failed_training_exits_with_1(path: Path, tokens: TokenData, tmp_path:
 
 
 def test_data_prepares_what_train_takes(path: Path, tmp_path: Path, tokens: TokenData) -> None:
-    ran = spannorm("data", path, "--out", tmp_path / "tokens")
+    ran = spannorm("data", path, "--out", tmp_path / "tokens", "--json", tmp_path / "data.json")
     assert ran.returncode == 0 and tokens.sha256[:16] in ran.stdout
+    written = json.loads((tmp_path / "data.json").read_text())
+    assert written["sha256"] == tokens.sha256 and written["splits"]["test"]["tokens"] == tokens.split("test").tokens
 
 
 def test_bad_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path, tokens: TokenData) -> None:
@@ -123,7 +125,28 @@ def test_no_room_for_a_checkpoint_is_one_clear_error_and_the_run_goes_on_with_ro
 
 
 def test_a_comma_in_brackets_belongs_to_its_depth_rule() -> None:
-    from spannorm.cli import listed
+    from spannorm.cli.options import listed
 
     rules = "1/sqrt(L):gain(0.283,0.432), none,completep(4)"
     assert listed(rules) == ["1/sqrt(L):gain(0.283,0.432)", "none", "completep(4)"]
+
+
+def test_a_json_file_that_cannot_be_written_or_would_stay_empty_is_refused_before_the_work(
+    path: Path, tmp_path: Path
+) -> None:
+    nowhere = tmp_path / "none" / "a.json"
+    for verb in ("data", "compare", "ladder", "max-lr"):
+        assert_refused(spannorm(verb, path, "--json", nowhere), "there is no folder")
+    assert_refused(spannorm("compare", path, "--print-commands", "--json", tmp_path / "a.json"), "--print-commands")
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_shell_completes_placements_and_depth_rules_between_commas() -> None:
+    from spannorm.cli.options import complete_rules
+
+    words = {"COMP_WORDS": "spannorm theory --placements pre,s", "COMP_CWORD": "3"}
+    script = "import sys; sys.argv = ['spannorm']; from spannorm.cli import main; main()"
+    asked = {**os.environ, **words, "_SPANNORM_COMPLETE": "complete_bash"}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=asked)
+    assert ran.stdout.split() == ["pre,span", "pre,subln", "pre,siamese"], ran.stderr
+    assert complete_rules("none,deepn") == ["none,deepnorm"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import spannorm
-from spannorm.catalog import as_text, catalog, markdown
+from spannorm.catalog import as_text, catalog, markdown, written
 from spannorm.placements import PLACEMENTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -19,6 +19,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_the_page_of_placements_is_what_the_docstrings_say() -> None:
     assert (DOCS / "placements.md").read_text(encoding="utf-8") == markdown(), "run `make docs`"
+
+
+def test_the_list_that_needs_no_pytorch_is_what_the_docstrings_say() -> None:
+    assert written() == catalog(), "run `make docs`"
 
 
 @pytest.mark.parametrize("entry", catalog(), ids=lambda e: e.name)
@@ -49,11 +53,11 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "ffn_first" in ran.stdout or "gated_pre" in ran.stdout
     results = json.loads((tmp_path / "runs" / "ffn_first" / "results.json").read_text())
-    assert [(a["placement"], a["depth_rule"]) for a in results["arms"]] == [
+    assert [(a["placement"], a["depth_rule"]) for a in results["jobs"]] == [
         ("ffn_first", "1/sqrt(2L)"),
         ("ffn_first", "1/sqrt(L):forward"),
     ]
-    assert all(arm["val_loss"] is not None for arm in results["arms"])
+    assert all(arm["val_loss"] is not None for arm in results["jobs"])
     assert "ffn_first" not in PLACEMENTS, "a user's file changes nothing outside its own process"
 
 

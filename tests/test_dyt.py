@@ -14,7 +14,7 @@ from spannorm.errors import InputError
 from spannorm.norms import build_norm
 from spannorm.placements import PLACEMENTS, build_placement
 from spannorm.theory.body import Squash
-from spannorm.theory.kernel import outer
+from spannorm.theory.covariance import outer
 
 TAKES = ("pre", "lns", "gpas", "parallel", "channel", "mhc", "attnres", "attnres_block")
 

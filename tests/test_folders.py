@@ -24,7 +24,7 @@ from spannorm.errors import InputError
 from spannorm.files import check_writable, checked, read_json, read_text
 from spannorm.folders import COMPARISON, EVALUATION, RUN, claim, sweep
 from spannorm.lab.compare import compare
-from spannorm.lab.report import draw_report
+from spannorm.lab.report.page import draw_report
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.named_code import check_configuration
 from spannorm.text import csv_cell, file_name, plain
@@ -329,7 +329,7 @@ def test_workers_import_nothing_from_the_current_directory(tmp_path: Path) -> No
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file was run')")
     (tmp_path / "spannorm").mkdir()
     (tmp_path / "spannorm" / "__init__.py").write_text("raise SystemExit('the wrong package was run')")
-    from spannorm.lab.runner import _python_path
+    from spannorm.lab.jobs.runner import _python_path
 
     command = [sys.executable, "-P", "-m", "spannorm", "--help"]
     env = {**os.environ, "PYTHONPATH": _python_path()}

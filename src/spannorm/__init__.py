@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spannorm.roles import Fused
     from spannorm.scaling import depth_rule, depth_rule_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "auditing": ("audit",),

@@ -1,19 +1,25 @@
-"""What each placement is, read from its own docstring: the one source of the command line's and the docs' words."""
+"""What each placement is, read from its own docstring: the one source of the command line's and the docs' words.
+
+`catalog.json` beside this file holds the same entries, so that listing them needs no PyTorch. `make docs` writes it.
+A test compares it with the docstrings.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import getdoc
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from spannorm.console import wide_console
-from spannorm.placements import PLACEMENTS, Stack, placement_options
 
 FIELDS = ("Equation", "Ends", "Init", "Source", "Our reading")
+WRITTEN = Path(__file__).with_name("catalog.json")
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,29 @@ class Entry:
 
 
 def catalog() -> list[Entry]:
-    """Every registered placement, in the registry's order."""
+    """Every registered placement, those of the user's own files too, in the registry's order."""
+    from spannorm.placements import PLACEMENTS  # PyTorch
+
     return [entry(name) for name in PLACEMENTS]
+
+
+def written() -> list[Entry]:
+    """This package's own placements, read from `catalog.json`."""
+    entries = json.loads(WRITTEN.read_text(encoding="utf-8"))
+    return [Entry(**{**raw, "options": tuple(raw["options"])}) for raw in entries]
+
+
+def write() -> None:
+    """Write `catalog.json` from the docstrings."""
+    from spannorm.files import write_json
+
+    write_json(WRITTEN, [asdict(e) for e in catalog()])
 
 
 def entry(name: str) -> Entry:
     """One placement. Raises `InputError` for an unknown name."""
+    from spannorm.placements import Stack, placement_options
+
     kind = Stack(name, 1).kind
     doc = (getdoc(kind) or "").partition("\nArgs:")[0]
     parts = re.split(rf"^({'|'.join(FIELDS)}): ", doc, flags=re.MULTILINE)

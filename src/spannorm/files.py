@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import stat
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm.errors import DiskError, InputError
+from spannorm.values import finite
 
 _TROUBLE = {
     errno.ENOSPC: "there is no space left on the disk",
@@ -245,15 +245,6 @@ def _differs(value: Any, shape: Any, at: str) -> tuple[str, str, Any] | None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = number and (shape is float or isinstance(value, int)) if shape in (int, float) else isinstance(value, shape)
     return None if fits else (at, _KINDS[shape], value)
-
-
-def finite(value: Any) -> Any:
-    """The value with every NaN and infinity replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What a parameter's role decides: its first value, its learning rate, its weight decay.
 
-Works on any module whose blocks hold a `Placement` under the name `placement`; roles.py says how a parameter's role is
-found. Each tensor's standard-normal draw is seeded by (seed, parameter name), so that models which differ in placement
-or depth rule share a body and differ by std alone.
+Works on any module whose blocks hold a `Placement` under the name `placement`. roles.py finds the role of each
+parameter. The seed of each tensor's standard-normal draw is (seed, parameter name). So two models that differ only in
+placement or depth rule draw the same numbers, and differ only in their std.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from spannorm.scaling import BASE_INITS, Role, base_std, cut_std
 
 @dataclass(frozen=True)
 class Draw:
-    """A parameter's initial distribution: N(mean, σ²), drawn again beyond ±`cut`·σ, constant where σ is 0."""
+    """A parameter's initial distribution: N(mean, σ²). Values beyond ±`cut`·σ are drawn again; σ = 0 is a constant."""
 
     role: Role
     mean: float | Tensor
     sigma: float
     cut: float | None = None
     fused: tuple[Fused, tuple[float, ...]] | None = None
-    """Of several matrices stored as one: their layout, and the σ of each; `role` and `sigma` are the last one's."""
+    """For several matrices stored as one: their layout, and the σ of each. `role` and `sigma` are the last one's."""
 
     @property
     def std(self) -> float:
@@ -57,13 +57,13 @@ def init_plan(
 ) -> dict[str, Draw]:
     """How every parameter is to be drawn: base σ by role, times the depth rule's factor for that role.
 
-    Works on meta device: only names and shapes are read.
+    Works on meta device, because it reads only names and shapes.
 
     Args:
-        roles: what the matrices of your model do, by the tails of their paths; see `spannorm.roles.known_parameters`.
-        width: the model's hidden size; None means the configuration's, or else the placements'.
-        base_init, initializer_range: those of `spannorm.scaling.base_std`.
-        tied: whether embedding and head share one matrix; None means to look.
+        roles: what the matrices of your model do, by the ends of their paths; see `spannorm.roles.known_parameters`.
+        width: the model's hidden size. None: it is read from the configuration, or else from a placement.
+        base_init, initializer_range: as in `spannorm.scaling.base_std`.
+        tied: whether embedding and head share one matrix. None: it is read from the model.
 
     Raises:
         InputError: a parameter without a role; no `width` where there is neither a configuration nor a placement.
@@ -104,14 +104,14 @@ def init_plan(
 
 @torch.no_grad()
 def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, prefix: str = "") -> None:
-    """Draw parameters as planned, in place; names absent from the plan are left alone.
+    """Draw parameters as planned, in place. Parameters that are not in the plan stay as they are.
 
     Args:
         plan: from `init_plan`.
-        seed: with the parameter's name it seeds the draw, on CPU in fp32 whatever the parameter's device and dtype.
-        prefix: taken off a name before it seeds, so that a body draws the same alone and inside a causal LM.
+        seed: seeds each draw together with the parameter's name. The draw is on CPU in fp32, for any device and dtype.
+        prefix: removed from a name before it seeds, so that a body draws the same alone and inside a causal LM.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor  # half a second, and only who draws needs it
+    from torch.distributed.tensor import DTensor, distribute_tensor  # takes half a second, and only this needs it
 
     for name, parameter in model.named_parameters():
         if name in plan:
@@ -130,7 +130,7 @@ def init_weights_(model: nn.Module, plan: dict[str, Draw], *, seed: int = 0, pre
 
 
 def standard_normal(shape: torch.Size, seed: int, name: str, cut: float | None = None) -> Tensor:
-    """N(0, 1) of a shape, fp32 on CPU, fixed by (seed, name) alone; values beyond ±cut are drawn again."""
+    """N(0, 1), fp32 on CPU. Depends on (seed, name) and the shape alone. Values beyond ±cut are drawn again."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     draw = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -142,7 +142,7 @@ def standard_normal(shape: torch.Size, seed: int, name: str, cut: float | None =
 
 @dataclass(frozen=True)
 class ReceiptRow:
-    """One tensor: what its draw should be and what it is."""
+    """One tensor: its planned distribution and its actual mean and std."""
 
     name: str
     shape: tuple[int, ...]
@@ -158,7 +158,7 @@ class InitReceipt:
 
     rows: tuple[ReceiptRow, ...]
     kept: tuple[str, ...] = ()
-    """Parameters that no plan draws: they keep what their own modules drew."""
+    """Parameters that are not in the plan: they keep the values that their own modules drew."""
 
     @property
     def mismatches(self) -> tuple[ReceiptRow, ...]:
@@ -177,14 +177,14 @@ class InitReceipt:
 
 @torch.no_grad()
 def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
-    """Hold a freshly drawn model against its plan.
+    """Compare a freshly drawn model with its plan.
 
-    A drawn matrix of n elements passes when its mean and std lie within five standard errors, σ/√n and σ/√(2n), plus
-    the rounding of its dtype; a constant must be constant. Of a parameter that holds many matrices (all experts', or a
-    fused one's parts) each must pass, and the row shows the one that is farthest off.
+    A drawn matrix of n elements passes if its mean and std are within five standard errors, σ/√n and σ/√(2n), plus
+    the rounding of its dtype. A constant must be constant. If a parameter holds several matrices (those of all experts,
+    or fused ones), each must pass; the row shows the one with the largest difference.
 
     Raises:
-        InputError: the model is still on meta device and has no values to hold.
+        InputError: the model is still on meta device, so it has no values to compare.
     """
     rows, kept = [], []
     for name, parameter in model.named_parameters():
@@ -212,7 +212,7 @@ def init_receipt(model: nn.Module, plan: dict[str, Draw]) -> InitReceipt:
 
 
 def matrices_of_blocks(model: nn.Module, roles: Roles | None = None) -> list[Tensor]:
-    """The 2-D weights of attention and feed-forward: what a matrix optimizer such as Muon is for."""
+    """The 2-D weights of attention and feed-forward, for a matrix optimizer such as Muon."""
     outside = {"embedding", "head", "router", "projection", "own", *NO_DECAY}
     return [k.parameter for k in known_parameters(model, roles) if k.parameter.ndim == 2 and k.role not in outside]
 
@@ -222,10 +222,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups for AdamW, one per (learning rate, weight decay, ε).
 
-    Weight decay falls on matrices alone: not on norms, biases, learned gains and embeddings (nor on a head tied to
-    one). Rates, decays and ε are multiplied by the depth rule's factors for the parameter's role: under `:init+lr` with
-    factor c the output matrices get learning rate c·η and decay λ/c, the Adam twin of the forward factor c
-    (docs/depth_rules.md). A group says `eps` only where a rule changes it.
+    Only matrices have weight decay. Norms, biases, learned gains and embeddings (with a head tied to one) have none.
+    Learning rate, decay and ε are multiplied by the depth rule's factors for the parameter's role. For example, under
+    `:init+lr` with factor c the output matrices get learning rate c·η and decay λ/c, which under Adam is equal to a
+    forward factor c (docs/depth_rules.md). A group has `eps` only if a rule changes it.
 
     Args:
         eps: Adam's ε, which `completep` and `depth-mup` scale.

@@ -1,8 +1,8 @@
-"""RMSNorm, LayerNorm and DyT, with the one operation every placement is made of: add, then normalize."""
+"""RMSNorm, LayerNorm and DyT, with the one operation that every placement uses: add, then normalize."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from spannorm.kernels import add_norm
 from spannorm.shapes import Stream
 
 Scale = float | Tensor
-"""A factor on a skip or a branch: a constant of the depth, or a learned gain (scalar or one per channel)."""
+"""A factor on a skip or a branch: a constant that depends on depth, or a learned gain (scalar or per channel)."""
 
 
 def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) -> Stream:
@@ -25,7 +25,7 @@ def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) 
 
 
 class Norm(nn.Module):
-    """What the norms share: a gain, and a forward that may add a branch first.
+    """Common part of the norms: a gain, and a forward pass that may add a branch first.
 
     Args:
         hidden_size: channels of the last dimension.
@@ -33,7 +33,7 @@ class Norm(nn.Module):
     """
 
     STARTS: ClassVar[dict[str, float]] = {}
-    """Initial values of parameters besides the gain and the bias."""
+    """Initial values of parameters other than the gain and the bias."""
     bias: nn.Parameter | None
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -60,11 +60,15 @@ class Norm(nn.Module):
         """`N(skip·x + branch·f)`, or `N(x)` without `f`; with `return_sum` the pair (normed, sum)."""
         if f is not None and (isinstance(skip, Tensor) or isinstance(branch, Tensor)):
             x, f, skip, branch = scaled_add(x, f, skip=skip, branch=branch), None, 1.0, 1.0
-        return self.add_norm(x, f, skip=skip, branch=branch, return_sum=return_sum)
+        normed: Stream | tuple[Stream, Stream] = self.add_norm(x, f, skip=skip, branch=branch, return_sum=return_sum)
+        return normed
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
 
     def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
-        """The one operation, for constant factors."""
-        # in training a pass without gradients may be run again with them, and must give the same bits
+        """The same operation for constant factors."""
+        # in training a forward pass without gradients may run again with gradients, and must give the same bits
         inference = not (self.training or torch.is_grad_enabled())
         return add_norm(
             x, f, self.weight, self.bias, eps=self.eps, return_sum=return_sum, inference=inference, **scales
@@ -75,9 +79,9 @@ class Norm(nn.Module):
 
 
 class RMSNorm(Norm):
-    """`x / √(mean(x²) + eps) · weight`, in the input's dtype, half precision summed in fp32.
+    """`x / √(mean(x²) + eps) · weight`, in the input's dtype. Half precision is summed in fp32.
 
-    Backward needs the output, so that, as for `torch.exp`, PyTorch raises an error where it was changed in place.
+    Backward needs the output. As with `torch.exp`, PyTorch raises an error if the output was changed in place.
     """
 
 
@@ -90,11 +94,11 @@ class LayerNorm(Norm):
 
 
 class DyT(Norm):
-    """Dynamic Tanh, `weight · tanh(alpha · x) + bias`: no statistics, so it squashes and does not fix a scale.
+    """Dynamic Tanh, `weight · tanh(alpha · x) + bias`. It has no statistics, so it does not fix a scale.
 
-    In half precision it is computed there, without a sum. alpha is one learned number and starts at 0.5. For
-    placements that normalize only what a sublayer reads. Source: arXiv 2503.10622. Our reading: one start of alpha for
-    all sites, where the authors' language models use several by width.
+    Half-precision inputs are computed in half precision. alpha is one learned number and starts at 0.5. For placements
+    that normalize only what a sublayer reads. Source: arXiv 2503.10622. Our reading: alpha starts at the same value
+    everywhere; in the authors' language models it depends on width and place.
     """
 
     STARTS: ClassVar[dict[str, float]] = {"alpha": 0.5}
@@ -113,7 +117,7 @@ class DyT(Norm):
 
 
 class Add(nn.Module):
-    """`scaled_add` as a module without parameters: the sums that no norm follows, where a probe can see them."""
+    """`scaled_add` as a module without parameters, so that a probe can see the sums that no norm follows."""
 
     def forward(self, x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) -> Stream:
         return scaled_add(x, f, skip=skip, branch=branch)

@@ -1,7 +1,7 @@
-"""What each parameter of a model does: its role, the depth rule of its block, and the value that it is drawn around.
+"""What each parameter of a model does: its role, the depth rule of its block, and the mean of its initial values.
 
-Embeddings, norms and biases are known by the type of their module, a placement's own parameters by the placement, and
-matrices by the tail of their path: `LLAMA`, or names of one's own.
+The type of the module tells embeddings, norms and biases. The placement tells its own parameters. The end of the path
+tells the matrices: the names in `LLAMA`, or names of your own.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from spannorm.scaling import ROLES, DepthRule, Role, depth_rule
 
 @dataclass(frozen=True)
 class Fused:
-    """The matrices of several roles stored as one: `groups` times the rows of each role in turn."""
+    """The matrices of several roles stored as one: the rows of each role in turn, repeated `groups` times."""
 
     roles: tuple[Role, ...]
     sizes: Callable[[Any], tuple[int, ...]] | tuple[int, ...] = ()
-    """Rows of each role in one group, or configuration → these; none means equal parts."""
+    """Rows of each role in one group, or a function from the configuration to these. Empty means equal parts."""
     groups: Callable[[Any], int] | int = 1
-    """How many groups, or configuration → this."""
+    """The number of groups, or a function from the configuration to it."""
     transposed: bool = False
     """Whether it is stored (in, out), as GPT-2's `Conv1D` is."""
 
     def of(self, config: Any) -> Fused:
-        """With its numbers, for a model of this configuration."""
+        """The same with numbers in place of functions, for a model of this configuration."""
         sizes = self.sizes(config) if callable(self.sizes) else self.sizes
         return replace(self, sizes=sizes, groups=self.groups(config) if callable(self.groups) else self.groups)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """A stored parameter as (…, out, in), a view; a convolution's `in` is all but its channels out."""
+        """A stored parameter as (…, out, in), a view. The `in` of a convolution is all dimensions but the first."""
         return stored.mT if self.transposed else stored.flatten(1) if stored.ndim > 3 else stored
 
     def split(self, rows: Tensor, dim: int = -2) -> dict[Role, Tensor]:
@@ -48,7 +48,7 @@ class Fused:
 
 
 Roles = Mapping[str, Role | Fused]
-"""Tail of a path, from a module or a parameter → what that matrix does."""
+"""The end of a module's or a parameter's path → what that matrix does."""
 
 GATE_UP = Fused(("ffn_gate", "ffn_up"))
 LLAMA: Roles = {
@@ -71,16 +71,16 @@ NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "gain", "embedding"})
 
 @dataclass(frozen=True)
 class Known:
-    """One parameter and what is known of it."""
+    """One parameter and what is known about it."""
 
     name: str
     parameter: Tensor
     layout: Fused
-    """Its role, or those of its parts."""
+    """Its role, or the roles of its parts."""
     rule: DepthRule
-    """That of the block it stands in; `none` outside of blocks."""
+    """The depth rule of its block; `none` outside of blocks."""
     mean: float | Tensor
-    """What it is drawn around: a gain's or a norm's initial value, 0 for all others."""
+    """The mean of its initial values: a gain's or a norm's initial value, 0 for all others."""
     scale: float
     """Factor on the base std."""
 
@@ -94,11 +94,11 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
     """Each parameter once, in the model's order.
 
     Args:
-        model: where it says `keeps_unknown_parameters`, a parameter without a role has the role `own`: it is left to
-            its module.
-        roles: what the parameters of your model do, by the tails of their paths, looked up before all else:
-            `{"attn.c_proj": "attn_out", "cls_token": "embedding"}`, or a `Fused` for several matrices stored as one. A
-            model may carry its own as `parameter_roles`.
+        model: if it has `keeps_unknown_parameters = True`, a parameter without a role has the role `own`: its module
+            draws it.
+        roles: what the parameters of your model do, by the ends of their paths:
+            `{"attn.c_proj": "attn_out", "cls_token": "embedding"}`, or a `Fused` for several matrices stored as one.
+            These come before all other rules. A model may carry its own as `parameter_roles`.
 
     Raises:
         InputError: an unknown role, or a parameter that has none.
@@ -123,7 +123,7 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
             if not getattr(model, "keeps_unknown_parameters", False):
                 raise
             kept.add(path)
-        if path in kept:  # a bias goes with its matrix
+        if path in kept:  # a bias is treated as its matrix is
             what, mean, scale = "own", 0.0, 1.0
         layout = what.of(config) if isinstance(what, Fused) else Fused((what,))
         yield Known(name, parameter, layout, rule, mean, scale)
@@ -132,7 +132,7 @@ def known_parameters(model: nn.Module, roles: Roles | None = None) -> Iterator[K
 def _what(
     owners: list[nn.Module], path: list[str], leaf: str, tails: Roles
 ) -> tuple[Role | Fused, float | Tensor, float]:
-    """What a parameter does, its mean and its scale; `owners` are its module, that one's, …"""
+    """What a parameter does, its mean and its scale. `owners`: its module, that module's parent, and so on."""
     owner, full = owners[0], path if leaf == "weight" else [*path, leaf]
     if isinstance(owner, Norm) and leaf in owner.STARTS:
         return "norm", owner.STARTS[leaf], 1.0
@@ -140,9 +140,9 @@ def _what(
         return "projection", 0.0, owner.projections()[leaf].scale
     if isinstance(owner, Gains):
         placement: Any = owners[1]
-        with torch.device("cpu"):  # whatever device the model is on: a meta tensor has no value
+        with torch.device("cpu"):  # on any device of the model, because a meta tensor has no value
             return "gain", placement.own_gains()[leaf], 1.0
-    for start in range(len(full)):  # the longest tail first
+    for start in range(len(full)):  # the longest end of the path first
         if (what := tails.get(".".join(full[start:]))) is not None:
             return what, 1.0 if what == "norm" else 0.0, 1.0
     if leaf.endswith(("bias", "sinks")):  # GPT-OSS's attention sinks are offsets too

@@ -1,8 +1,8 @@
 """Depth rules and base init as pure functions: standard library only, floats in, floats out.
 
-`L` is the number of blocks, `b` a block's index from 0. A depth rule says by how much each residual branch is damped
-with depth, and where: in the init (`1/sqrt(L)`), in the forward pass (`1/sqrt(L):forward`), or in init and learning
-rate together (`1/sqrt(L):init+lr`), which under Adam is the forward factor written another way (docs/depth_rules.md).
+`L` is the number of blocks, `b` a block's index from 0. A depth rule says by which factor each residual branch is made
+smaller with depth, and where the factor stands: in the init (`1/sqrt(L)`), in the forward pass (`1/sqrt(L):forward`),
+or in init and learning rate together (`1/sqrt(L):init+lr`). Under Adam the last two are equal (docs/depth_rules.md).
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ Role = Literal[
     "ffn_gate", "ffn_up", "ffn_down",
     "router", "projection", "norm", "bias", "gain", "own",
 ]  # fmt: skip
-"""What a parameter does; `projection` is a matrix of none of the kinds before it, such as one that a placement owns,
-and what is `own` is left to the init of its own module.
-Init, learning rate and weight decay follow from the role and from nothing else."""
+"""What a parameter does. `projection` is a matrix of another kind, such as one that a placement owns. `own` means that
+its own module draws it. Init, learning rate and weight decay depend on the role alone."""
 
 ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "own")
-"""Those that have an init of ours."""
+"""The roles that we draw."""
 Branch = Literal["attn", "ffn"]
 
 OUTPUTS: Mapping[Branch, Role] = {"attn": "attn_out", "ffn": "ffn_down"}
@@ -41,9 +40,9 @@ MATRICES: Mapping[Branch, tuple[Role, ...]] = {
 
 @dataclass(frozen=True)
 class DepthRule:
-    """A depth rule worked out for one block: plain floats, nothing to lose on meta device or in a checkpoint.
+    """A depth rule worked out for one block, as plain floats: meta device and checkpoints cannot lose them.
 
-    Tables of factors, by role or by branch; what a table does not name has factor 1.
+    Each table holds factors by role or by branch; the factor of a missing key is 1.
     """
 
     name: str
@@ -57,9 +56,9 @@ class DepthRule:
     forward: Mapping[Branch, float] = field(default_factory=dict)
     """On the branch's output in the forward pass."""
     output_gain: Mapping[Branch, float] = field(default_factory=dict)
-    """On the initial gain of the norm that stands on the branch's output."""
+    """On the initial gain of the norm on the branch's output."""
     learned: Literal["", "scalar", "vector"] = ""
-    """Whether each branch has a learned gain, one for all channels or one for each."""
+    """Whether each branch has a learned gain: one for all channels (`scalar`), or one per channel (`vector`)."""
     gain: float = 1.0
     """The learned gain's initial value."""
 
@@ -79,7 +78,7 @@ _BODY: tuple[Role, ...] = (*MATRICES["attn"], *MATRICES["ffn"])
 
 
 def _mup(alpha: float, ratio: float) -> dict[str, Any]:
-    """Of CompleteP's table, what depth decides; `ratio` is L / L₀."""
+    """The part of CompleteP's table that depends on depth; `ratio` is L / L₀."""
     roles: tuple[Role, ...] = (*_BODY, "router", "projection", "norm", "bias", "gain")
     return {
         "forward": dict.fromkeys(MATRICES, ratio**-alpha),
@@ -112,7 +111,7 @@ def depth_rule(name: str, num_layers: int, layer_idx: int = 0) -> DepthRule:
 
             - nothing: the init of the matrix that writes the branch's output;
             - `forward`: a constant in the forward pass;
-            - `init+lr`: its twin under Adam: init and learning rate × the factor, weight decay ÷ it;
+            - `init+lr`: the same training under Adam: init and learning rate × the factor, weight decay ÷ it;
             - `forward+lr`: a forward constant; learning rate × it and weight decay ÷ it on all the branch's matrices;
             - `gain`, or `gain(c_attn,c_ffn)`: the initial gain of the norm on the branch's output, c × the factor
               (Pangu Ultra, arXiv 2504.07866: `1/sqrt(L):gain(0.283,0.432)`; Arcee Trinity: `1/sqrt(L):gain`).
@@ -121,23 +120,23 @@ def depth_rule(name: str, num_layers: int, layer_idx: int = 0) -> DepthRule:
 
             - `none`;
             - `deepnorm` (arXiv 2203.00555): std × β = (8L)^-1/4 on V, attention-out and the FFN matrices
-              (the gate too, for gated FFNs: our reading);
+              (also on the gate of a gated FFN: our reading);
             - `subln` (Magneto, arXiv 2210.06423): std × √ln(2L) on the same matrices;
             - `rezero` (arXiv 2003.04887): a learned scalar per branch that starts at 0;
             - `layerscale` (arXiv 2103.17239): a learned vector per branch that starts at 0.1 up to 18 blocks,
-              1e-5 up to 24, 1e-6 beyond;
+              1e-5 up to 24, 1e-6 for more blocks;
             - `ds-init` (arXiv 1908.11365, its α = 1): std × 1/√(b+1) on every matrix of the block;
             - `wang` (GPT-NeoX's wang_init): std × √10/L on both outputs: 2/(L√d) over base init `small`;
             - `torchtitan` (its depth_init, 0.3.0): std × 1/√(2(b+1)) on attention-out, FFN-up and FFN-down;
             - `completep`, or `completep(L0)` (arXiv 2505.01618; L0, the base depth, is 2 as in its code): forward
-              × L0/L, Adam's ε × L0/L on all that a block holds; learning rates and weight decay stay;
-            - `depth-mup(L0)`: the same table at α = ½ (Depth-μP, arXiv 2310.02244, as CompleteP's code has it):
-              forward, ε and learning rate × √(L0/L) on all that a block holds; weight decay stays.
+              × L0/L, Adam's ε × L0/L on all parameters of a block; learning rates and weight decay stay;
+            - `depth-mup(L0)`: the same table at α = ½ (Depth-μP, arXiv 2310.02244, as in CompleteP's code):
+              forward, ε and learning rate × √(L0/L) on all parameters of a block; weight decay stays.
         num_layers: L, at least 1.
         layer_idx: b.
 
     Raises:
-        InputError: the name does not follow the grammar, an argument is not a positive number, L is below 1, or b lies
+        InputError: the name does not follow the grammar, an argument is not a positive number, L is below 1, or b is
             outside 0 … L−1.
     """
     if num_layers < 1:
@@ -182,7 +181,7 @@ def _without_ones(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(name: str, word: str, given: str | None) -> list[float]:
-    """The arguments in brackets behind a word of a rule's name."""
+    """The arguments in brackets after a word of a rule's name."""
     try:
         numbers = [] if given is None else [float(part) for part in given.split(",")]
     except ValueError:
@@ -209,7 +208,7 @@ BASE_INITS: Mapping[str, float | None] = {
     "xavier": None,
     "tiny": None,
 }
-"""Every base init, and at how many σ its draw is cut (None: not at all)."""
+"""Every base init, and at how many σ its draw is cut (None: it is not cut)."""
 
 
 def base_std(
@@ -233,15 +232,15 @@ def base_std(
     | embedding tied to the head (then times √d on input) | d^-1/2 | d^-1/2 | `initializer_range` | (2.5 d)^-1/2 |
     | norm, bias, learned gain | 0: constant | 0 | 0 | 0 |
 
-    `tiny` (TinyInit, Pangu Ultra, arXiv 2504.07866): (2 d L)^-1/2 for every matrix and the head, L blocks. The
-    embedding is as in `fan_in`: our reading, so that it is not lost beside the branches' outputs.
+    `tiny` (TinyInit, Pangu Ultra, arXiv 2504.07866): (2 d L)^-1/2 for every matrix and the head, L blocks. Our
+    reading: the embedding is as in `fan_in`, so that the branches' outputs do not outweigh it.
 
     Args:
-        fan_in: the length of what a row is multiplied with; for embedding and head the width d.
+        fan_in: the length of a row, so the number of inputs; for embedding and head the width d.
         fan_out: the number of rows.
         width: d, the model's hidden size.
         tied: whether embedding and head share one matrix.
-        num_layers: L, which `tiny` alone asks for.
+        num_layers: L, which only `tiny` uses.
     """
     one_of("base_init", base_init, BASE_INITS)
     if role in ("norm", "bias", "gain"):
@@ -260,6 +259,6 @@ def base_std(
 
 
 def cut_std(cut: float) -> float:
-    """The std of a standard normal that is drawn again until it lies within ±cut."""
+    """The std of a standard normal in which values beyond ±cut are drawn again."""
     inside = math.erf(cut / 2**0.5)
     return (1 - 2 * cut * math.exp(-cut * cut / 2) / (2 * math.pi) ** 0.5 / inside) ** 0.5

@@ -148,3 +148,12 @@ def words(kind: Any) -> str:
     if origin is not None:
         return "a list" if origin in (tuple, list) else "a mapping"
     return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

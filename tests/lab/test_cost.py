@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from spannorm.cli import app
 from spannorm.lab.cost import cost, in_words, is_large
-from spannorm.lab.plan import Plan
+from spannorm.lab.jobs.plan import Plan
 from spannorm.train.recipe import load_recipe, recipe_from_dict
 
 RECIPES = Path(__file__).parents[2] / "recipes"

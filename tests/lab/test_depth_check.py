@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from spannorm import theory
 from spannorm.cli import app
 from spannorm.errors import InputError
-from spannorm.lab import depth_check as lab
-from spannorm.lab.depth_figures import draw
-from spannorm.lab.depth_report import show, words
-from spannorm.lab.depth_theory import DEFAULT, body_of, cases
+from spannorm.lab.depth import check as lab
+from spannorm.lab.depth.figures import draw
+from spannorm.lab.depth.theory import DEFAULT, body_of, cases
+from spannorm.lab.depth.words import show, words
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
@@ -39,7 +39,7 @@ def test_every_stack_is_measured_at_every_step_and_predicted_at_init(checked):
     ]
     rows = {}
     for row in results["rows"]:
-        assert set(row) == {*lab.Row.__annotations__, "relative_error"}
+        assert set(row) == {*lab.Quantity.__annotations__, "relative_error"}
         rows.setdefault((row["placement"], row["depth_rule"], row["depth"], row["step"]), {})[row["quantity"]] = row
     assert set(rows) == {(*stack.key, step) for stack in chosen for step in (0, 3)}
     for (*_, step), found in rows.items():

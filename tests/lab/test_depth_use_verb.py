@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import spannorm
 from spannorm.cli import app
 from spannorm.errors import InputError
-from spannorm.lab.depth_use import use_of_folder
-from spannorm.lab.report import draw_report
+from spannorm.lab.depth.use import use_of_folder
+from spannorm.lab.report.page import draw_report
 from spannorm.train.data import TokenData
 
 DEPTH = 2

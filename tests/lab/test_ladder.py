@@ -134,8 +134,8 @@ def test_the_largest_size_waits_for_its_prediction_which_nothing_changes_afterwa
         (tmp_path / "jobs" / name / "result.json").write_text(json.dumps(result))
     done = {name: r["val_loss"] for name, r in small.items()}
     missing = dict(list(done.items())[:-1])
-    assert not any(job.cell["rung"] == last for job in planner(missing)) and not (tmp_path / PREDICTION).exists()
-    assert any(job.cell["rung"] == last for job in planner(done))
+    assert not any(job.condition["rung"] == last for job in planner(missing)) and not (tmp_path / PREDICTION).exists()
+    assert any(job.condition["rung"] == last for job in planner(done))
     said = (tmp_path / PREDICTION).read_text()
     for arm, prediction in json.loads(said)["losses"].items():
         assert prediction["loss"] == pytest.approx(law(arm, plan.rungs[4].compute), rel=1e-3)

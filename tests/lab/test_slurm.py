@@ -17,9 +17,9 @@ import yaml
 from one_node import missing, one_node
 
 from spannorm.errors import InputError
-from spannorm.lab import slurm
 from spannorm.lab.compare import compare
-from spannorm.lab.slurm import Cluster, Submitted, Work, cluster, sbatch_text
+from spannorm.lab.jobs import slurm
+from spannorm.lab.jobs.slurm import Cluster, Submitted, Work, cluster, sbatch_text
 from spannorm.train.recipe import CompareRecipe, Recipe
 
 submitit = pytest.importorskip("submitit")
@@ -137,7 +137,7 @@ def test_a_comparison_through_submitit_has_all_its_results(comparison: Recipe, t
     short = replace(comparison, train=replace(comparison.train, steps=5, probe_every=5))
     pool = Cluster(tmp_path / "slurm", {"array_parallelism": 2}, submitit.LocalExecutor(tmp_path / "slurm"))
     results = compare(short, tmp_path, pool=pool)
-    assert results["complete"] and [arm["steps_done"] for arm in results["arms"]] == [5, 5]
+    assert results["complete"] and [arm["steps_done"] for arm in results["jobs"]] == [5, 5]
     assert [len(rows) for rows in losses(tmp_path).values()] == [5, 5]
 
 

@@ -8,7 +8,7 @@ from arms import DEFAULT_RULE, FULL
 from transformers import DynamicCache
 
 from spannorm.models import SpanNormForCausalLM
-from spannorm.models.modeling import CACHE
+from spannorm.models.layer import CACHE
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

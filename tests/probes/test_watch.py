@@ -135,6 +135,11 @@ def test_what_it_cannot_watch_is_said():
     model = llama()
     with pytest.raises(InputError, match=r"no list of blocks at 'model\.nothing'"):
         Watch(model, None, blocks="model.nothing")
+    tower = nn.ModuleDict({"sight": nn.ModuleList(nn.Linear(2, 2) for _ in range(4)), "text": model})
+    optimizer = torch.optim.SGD(tower.parameters())
+    with pytest.raises(InputError, match=r"several lists .*, sight \(4 blocks\), text\.model\.layers \(3 blocks\)"):
+        Watch(tower, optimizer)
+    assert Watch(tower, optimizer, blocks="sight").blocks == [f"sight.{b}" for b in range(4)]
     watch = Watch(model, torch.optim.SGD(model.parameters()), blocks="model.layers")
     with watch:
         pass

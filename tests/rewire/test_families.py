@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import spannorm
-from spannorm.models.modeling import CACHE
+from spannorm.models.layer import CACHE
 from spannorm.placements import PLACEMENTS
 from spannorm.rewiring import FAMILIES as ROWS
 

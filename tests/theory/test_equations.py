@@ -15,7 +15,7 @@ from spannorm.errors import InputError
 from spannorm.placements import PLACEMENTS, Stack, build_placement
 from spannorm.scaling import depth_rule
 from spannorm.theory.body import Attention, FeedForward
-from spannorm.theory.kernel import ACTIVATIONS, Positions, Softmax, correlated_mean
+from spannorm.theory.covariance import ACTIVATIONS, Positions, Softmax, correlated_mean
 from spannorm.theory.recursion import Walk
 
 module = import_module("spannorm.theory.predict")  # the package's `predict` is the function

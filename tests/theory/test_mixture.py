@@ -8,7 +8,7 @@ import pytest
 from spannorm import theory
 from spannorm.scaling import depth_rule
 from spannorm.theory.body import FeedForward
-from spannorm.theory.kernel import normalized
+from spannorm.theory.covariance import normalized
 from spannorm.theory.mixture import Mixture, _overlaps
 
 RULE = depth_rule("none", 1)

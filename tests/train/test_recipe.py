@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from spannorm.errors import InputError
+from spannorm.lab.jobs.plan import Plan
 from spannorm.lab.ladder.plan import LadderPlan
-from spannorm.lab.plan import Plan
 from spannorm.placements import PLACEMENTS
 from spannorm.train.recipe import load_recipe, recipe_from_dict
 from spannorm.train.run import model_config

@@ -55,35 +55,9 @@ def family_fields(found: Audit, model: Any, example_inputs: Any = None) -> dict[
     if len({b.path for b in main.blocks}) < len(main.blocks):
         raise InputError(f"{name} runs its blocks more than once.")
     roles = norm_roles(placement, len(main.blocks), options)
-    calls = _calls(main, model, example_inputs, name)
+    rows = _layer_rows(found, model, roles, _calls(main, model, example_inputs, name))
     ends = main.ends
-    kinds: dict[tuple[tuple[str, ...], str], tuple[BlockWiring, LayerCalls]] = {}
-    for block in main.blocks:
-        paths = [n.removeprefix(f"{block.path}.") for n in block.norms]
-        if len(roles) != len(paths):
-            raise InputError(f"{name}: the norms {paths} do not play the roles {roles} one for one.")
-        call = calls[block.path]
-        kinds.setdefault((tuple(paths), repr(call)), (block, call))
     gains = {n.gain for b in main.blocks for n in found.norms if n.name in {pattern(p) for p in b.norms}}
-    rows = []
-    for (paths_, _), (block, call) in kinds.items():
-        attn, ffn = (_module(call.steps[branch]) for branch in ("attn", "ffn"))
-        matrices = _matrices(found, model, block)
-        names = [n for n, what in matrices.items() if what == "q" or (isinstance(what, Fused) and what.roles == ("q",))]
-        rows.append(
-            {
-                "attention": attn,
-                "ffn": ffn,
-                "norms": dict(zip(roles, paths_, strict=True)),
-                "matrices": matrices,
-                "unsplit": tuple(n for n in names if _FUSED.search(n)),
-                "own_norms": _own_norms(found, block),
-                "steps": call.steps,
-                "returns": call.returns,
-                "unread": call.unread,
-                "classes": call.classes,
-            }
-        )
     width = model.get_input_embeddings().weight.shape[1]
     common = {
         "layers": from_base(main.path),
@@ -97,6 +71,39 @@ def family_fields(found: Audit, model: Any, example_inputs: Any = None) -> dict[
         "found": True,
     }
     return {**rows[0], **common, "others": tuple({**row, **common} for row in rows[1:])}
+
+
+def _layer_rows(
+    found: Audit, model: nn.Module, roles: Sequence[str], calls: Mapping[str, LayerCalls]
+) -> list[dict[str, Any]]:
+    """The fields that describe a layer, once for each kind of layer in the stack."""
+    kinds: dict[tuple[tuple[str, ...], str], tuple[BlockWiring, LayerCalls]] = {}
+    for block in found.main.blocks:
+        paths = tuple(n.removeprefix(f"{block.path}.") for n in block.norms)
+        if len(roles) != len(paths):
+            raise InputError(f"{found.model}: the norms {list(paths)} do not play the roles {roles} one for one.")
+        call = calls[block.path]
+        kinds.setdefault((paths, repr(call)), (block, call))
+    rows = []
+    for (paths, _), (block, call) in kinds.items():
+        attn, ffn = (_module(call.steps[branch]) for branch in ("attn", "ffn"))
+        matrices = _matrices(found, model, block)
+        names = [n for n, what in matrices.items() if what == "q" or (isinstance(what, Fused) and what.roles == ("q",))]
+        rows.append(
+            {
+                "attention": attn,
+                "ffn": ffn,
+                "norms": dict(zip(roles, paths, strict=True)),
+                "matrices": matrices,
+                "unsplit": tuple(n for n in names if _FUSED.search(n)),
+                "own_norms": _own_norms(found, block),
+                "steps": call.steps,
+                "returns": call.returns,
+                "unread": call.unread,
+                "classes": call.classes,
+            }
+        )
+    return rows
 
 
 def _placement(found: Audit, model: nn.Module) -> tuple[str, dict[str, Any], str | None]:

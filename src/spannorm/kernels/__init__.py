@@ -1,7 +1,7 @@
-"""Add-and-norm, fused where the machine can: one operation, one dispatch.
+"""Add-and-norm as one operation: it chooses between a fused kernel and plain PyTorch.
 
-`reference` is plain PyTorch and runs everywhere. `triton` passes over memory once forward and once backward, on a GPU,
-in fp32, bf16 and fp16. `auto` is `triton` where it can run and `reference` elsewhere.
+`reference` is plain PyTorch and runs everywhere. `triton` runs on a GPU, in fp32, bf16 and fp16; it passes over memory
+once in forward and once in backward. `auto` is `triton` where it can run, and `reference` elsewhere.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def use(kernels: str) -> None:
     """Choose the kernels of this process: `auto`, `reference` or `triton`.
 
     Raises:
-        InputError: an unknown name, or `triton` where it is not installed. Where it is but cannot take a tensor, the
-            forward pass says so: an explicit choice never falls back.
+        InputError: an unknown name, or `triton` where it is not installed. If it is installed but cannot take a tensor,
+            the forward pass raises: an explicit choice never falls back.
     """
     global _choice, _fused
     one_of("kernels", kernels, KERNELS)
@@ -61,15 +61,15 @@ def add_norm(
 
     Args:
         x: (…, hidden).
-        f: of the same shape.
+        f: the same shape.
         weight: the gain, (hidden,).
         bias: (hidden,).
-        skip, branch: constants. A learned gain is multiplied on by the caller.
-        inference: no backward pass will come, now or when this is run again: the reference may take a shorter way,
-            equal but for rounding.
+        skip, branch: constants. The caller multiplies with learned gains.
+        inference: no backward pass will follow, now or if this runs again. Then the reference may use a faster
+            computation, which differs only in rounding.
 
     Raises:
-        InputError: shapes that differ, or tensors that an explicit choice cannot take.
+        InputError: shapes that differ, or tensors that an explicitly chosen kernel cannot take.
     """
     if f is None and return_sum:
         return add_norm(x, None, weight, bias, eps=eps, inference=inference), x
@@ -81,12 +81,25 @@ def add_norm(
     return _fused.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
 
 
+def chosen() -> tuple[str, str]:
+    """What a training step in bf16 runs on this machine's GPU, or else its CPU: `triton` or `reference`, and why not
+    `triton`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = "it was asked for" if _choice == "reference" else _refusal(torch.ones(1, 64, device=device).bfloat16())
+    return ("triton", "") if reason is None else ("reference", reason)
+
+
+def _refusal(x: Tensor, f: Tensor | None = None) -> str | None:
+    """Why Triton's kernels do not take these tensors; None where they do."""
+    if _choice == "auto" and not x.is_cuda:  # Triton's interpreter is used only on request
+        return f"the tensors are on {x.device.type}"
+    refusal: str | None = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    return refusal
+
+
 def _takes(x: Tensor, f: Tensor | None) -> bool:
-    """Whether Triton's kernels take these tensors; what `auto` makes of that is said once."""
-    if _choice == "auto" and not x.is_cuda:  # the interpreter is for who asks for it
-        reason = f"the tensors are on {x.device.type}"
-    else:
-        reason = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    """Whether Triton's kernels take these tensors. The log says once what `auto` chose."""
+    reason = _refusal(x, f)
     if reason is not None and _choice == "triton":
         raise InputError(f"kernels=triton: {reason}. Choose auto or reference.")
     if not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Add-and-norm where Triton's kernels are not looked for: what a published model's one file takes for the dispatch."""
+"""Add-and-norm without Triton. The one file of a published model contains this instead of the dispatch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Add-and-norm in plain PyTorch: what the fused kernels must compute, and what runs where they do not.
+"""Add-and-norm in plain PyTorch: the reference for the fused kernels, which also runs where they cannot.
 
-RMSNorm's backward is memory-lean: of the (…, hidden) tensors it keeps only the output y, which the next layer keeps
-anyway. With s = skip·x + branch·f, r = 1/√(mean(s²) + eps) and the gain w, y = r·s·w and
+RMSNorm's backward needs little memory: of the (…, hidden) tensors it keeps only the output y, which the next layer
+keeps anyway. With s = skip·x + branch·f, r = 1/√(mean(s²) + eps) and the gain w, y = r·s·w and
 
     dw = Σ_rows dy·y / w        ds = r·(dy·w − y/w · mean(dy·y))        dx = skip·ds        df = branch·ds
 
@@ -20,11 +20,11 @@ from spannorm.errors import InputError
 
 
 def tiny_gain(dtype: torch.dtype) -> float:
-    """The gain that stands in for one nearer to zero, so that y / w tells the normalized value at any gain.
+    """The least absolute value of a gain. A smaller gain is replaced by it, so that y / w gives the normalized value.
 
-    2^-60 keeps it to full relative precision, and moves an output by at most 2^-60·√hidden. float16 has no such
-    exponents: there it is 2^-13, which moves an output by a quarter of a rounding per unit of the normalized value,
-    and keeps that value to within 2^-12.
+    2^-60 keeps that value to full relative precision, and changes an output by at most 2^-60·√hidden. float16 has no
+    such exponents. There it is 2^-13, which changes an output by a quarter of a rounding per unit of the normalized
+    value, and keeps that value to within 2^-12.
     """
     return 2.0**-13 if dtype == torch.float16 else 2.0**-60
 
@@ -38,17 +38,17 @@ def differentiate(
     bias: Tensor | None,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by the sum and by the gain, as operations that can be differentiated again.
+    """The gradients with respect to the sum and the gain, from operations that can be differentiated again.
 
     With n = (y − b)/w the normalized value, g = dy·w and r = `rstd`: `dw = Σ_rows dy·n` and
-    `ds += r·(g − n·mean(g·n)) − dr·r²·n/d`, of LayerNorm g without its mean.
+    `ds += r·(g − n·mean(g·n)) − dr·r²·n/d`. For LayerNorm the mean of g is subtracted from g.
 
     Args:
         rstd: r by row, with a last dimension of 1. `drstd` is its gradient, which only a second derivative has.
     """
     dtype, weight = weight.dtype, weight.to(rstd.dtype)
     offset = torch.zeros_like(weight) if bias is None else bias.to(rstd.dtype)
-    least = tiny_gain(y.dtype) + 2 * torch.finfo(y.dtype).eps * offset.abs()  # as the kernels hold it off zero
+    least = tiny_gain(y.dtype) + 2 * torch.finfo(y.dtype).eps * offset.abs()  # as in the kernels
     gain = torch.where(weight.abs() < least, torch.copysign(least, weight), weight)
     n = (y.to(rstd.dtype) - offset) / gain
     g = dy.to(rstd.dtype) * gain
@@ -60,7 +60,7 @@ def differentiate(
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """Half precision is computed in fp32. Besides the output it returns rstd, through which second derivatives go."""
+    """Half precision is computed in fp32. It also returns rstd, which second derivatives need."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class _AddRMSNorm(torch.autograd.Function):
         wide = total.float() if half else total
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         rstd = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        ours = half or (f is not None and not return_sum)  # to write to
+        ours = half or (f is not None and not return_sum)  # `wide` is a new tensor, which may be overwritten
         gain = weight.to(wide.dtype)
         gain = torch.copysign(gain.abs().clamp_(min=tiny_gain(total.dtype)), gain)
         y = (wide.mul_(rstd) if ours else wide * rstd).mul_(gain).to(total.dtype)
@@ -112,7 +112,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def check(x: Tensor, f: Tensor | None) -> None:
-    """Refuse what no kernel adds and normalizes."""
+    """Refuse tensors that no kernel can add and normalize."""
     if f is not None and f.shape != x.shape:
         raise InputError(f"skip and branch must have one shape; they have {tuple(x.shape)} and {tuple(f.shape)}.")
     if not x.is_floating_point():
@@ -120,13 +120,13 @@ def check(x: Tensor, f: Tensor | None) -> None:
 
 
 def traced() -> bool:
-    """Whether PyTorch's own operations alone will do, which vmap, forward mode and exporters such as ONNX's know."""
+    """Whether only PyTorch's own operations may be used: under vmap, forward mode and exporters such as ONNX's."""
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return transformed or torch.compiler.is_exporting()
 
 
 def shared_out(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, which knows how to share out PyTorch's own operations and no kernel of ours."""
+    """Whether a tensor is a DTensor: it can distribute PyTorch's own operations, and not our kernels."""
     return type(x) is not Tensor and hasattr(x, "device_mesh")
 
 

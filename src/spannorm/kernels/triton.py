@@ -3,22 +3,22 @@
     forward    reads x, f          writes y (and s)        s = skip·x + branch·f,  y = N(s)
     backward   reads y, dy (ds)    writes dx (and df, where the factors differ)
 
-Of the (…, hidden) tensors backward keeps y alone, and rebuilds the normalized value z = (y − b)/w from it. That is as
-exact as y where a gain w is not small beside its bias b; nearer to zero the gain is held at a distance, forward and
-backward alike, with u the unit roundoff of y's dtype:
+Of the (…, hidden) tensors backward keeps only y. It computes the normalized value z = (y − b)/w from y. This is as
+exact as y if a gain w is not small compared with its bias b. A gain nearer to zero is replaced by the least value
+allowed here, in forward and in backward, with u the unit roundoff of y's dtype:
 
     |w| ≥ tiny + 4u·|b|        tiny = 2^-60, in float16 2^-13
 
-So a gain of zero still learns, with no copy kept and no question put to the device. It costs an output at most
-(tiny + 4u·|b|)·|z|; and z is known to within u·(|z| + |b|/|w|), which is never above u·|z| + 1/4, and u·|z| wherever
-there is no bias (in float16 plus 2^-25/|w|, at most 2^-12).
+So a gain of zero still learns, without another copy in memory and without a synchronization with the device. The
+error of an output is at most (tiny + 4u·|b|)·|z|. The error of z is at most u·(|z| + |b|/|w|), which is never above
+u·|z| + 1/4, and u·|z| without a bias (in float16 plus 2^-25/|w|, at most 2^-12).
 
-Each gain's gradient is summed over a fixed set of rows by each program, then over programs: the same device gives the
-same bits every time.
+Each program sums the gradient of a gain over a fixed set of rows; then the programs' sums are added. So the same device
+gives the same bits every time.
 
-The two launches are custom operators for whatever looks at operators (torch.compile, fake tensors, dispatch modes). In
-plain eager calls they are launched from an autograd function: PyTorch's way through a custom operator written in Python
-takes longer than the kernels do.
+For code that looks at operators (torch.compile, fake tensors, dispatch modes), the two launches are custom operators.
+Plain eager calls launch them from an autograd function, because PyTorch's call of a custom operator written in Python
+takes longer than the kernels.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from spannorm.kernels.reference import differentiate, tiny_gain
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether Triton interprets its kernels, on any device and slowly: read by it when they are defined."""
+"""Whether Triton interprets its kernels, which is slow and works on any device. Triton reads it at their definition."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384
-"""A row has to fit into one program's registers."""
+"""Channels of a row, because a row must fit into the registers of one program."""
 WARPS_PER_SM = 32
-"""Of backward, whose programs each go through many rows and write one row of partial gain gradients."""
+"""Warps of backward at once. Each program reads many rows and writes one row of partial gradients of the gain."""
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def backward_kernel(
 
 
 def tiling(width: int, values: int) -> dict[str, int]:
-    """How a program lays out its rows: whole rows, several where they are short, so many `values` a thread."""
+    """The rows of one program: whole rows, several if they are short. A thread holds `values` values."""
     block = triton.next_power_of_2(width)
     tile = max(1, 1024 // block)
     warps = min(256 // values, max(1, block * tile // (32 * values)))
@@ -128,9 +128,9 @@ def tiling(width: int, values: int) -> dict[str, int]:
 
 @cache
 def constants(y: torch.dtype, width: int, backward: bool = False) -> dict[str, Any]:
-    """Compile-time constants of a kernel. Backward holds twice as many tensors, so it gives a thread half the values.
+    """Compile-time constants of a kernel. Backward holds twice as many tensors, so a thread has half as many values.
 
-    With this and `WARPS_PER_SM` both kernels were the fastest of what was tried on an H200: docs/performance.md.
+    These values and `WARPS_PER_SM` were the fastest of those tried on an H200: docs/performance.md.
     """
     known = {"WIDTH": width, "TINY": tiny_gain(y), "ROUNDOFF": torch.finfo(y).eps / 2}
     return known | tiling(width, 8 if backward else 16)
@@ -145,7 +145,7 @@ def _most_programs(device: torch.device, warps: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(…, hidden) as (rows, hidden), copied only where the rows do not lie at equal distances."""
+    """(…, hidden) as (rows, hidden). Copied only if the distance between rows varies."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -165,7 +165,7 @@ def _launch_forward(
     branch: float,
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed, sum or nothing, 1/RMS of each row)."""
+    """(normed, sum or an empty tensor, 1/RMS of each row)."""
     y, total, rstd = _forward_fake(x, f, weight, bias, eps, skip, branch, keep_sum)
     x2, f2 = _rows(x), None if f is None else _rows(f)
     c = constants(y.dtype, x.shape[-1])
@@ -206,7 +206,7 @@ def _launch_backward(
     x_type: torch.dtype,
     f_type: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, df or nothing where it is dx, dw, db or nothing)."""
+    """(dx, df, dw, db). df is empty if it is equal to dx, db if there is no bias."""
     dx, df = _branches(y, x_type, f_type, skip, branch)
     dy2, ds2 = _rows(dy), None if ds is None else _rows(ds)
     rows, c = len(dy2), constants(y.dtype, y.shape[-1], backward=True)
@@ -226,7 +226,7 @@ def _launch_backward(
 def _branches(
     y: Tensor, x_type: torch.dtype, f_type: torch.dtype | None, skip: float, branch: float
 ) -> tuple[Tensor, Tensor]:
-    """Room for dx, and for df where it is not dx."""
+    """Memory for dx, and for df if it differs from dx."""
     dx = torch.empty(y.shape, dtype=x_type, device=y.device)
     return dx, torch.empty_like(dx, dtype=f_type) if _splits(x_type, f_type, skip, branch) else dx.new_empty(0)
 
@@ -266,7 +266,7 @@ def _differentiate(
     y, weight, bias, rstd = ctx.saved_tensors
     skip, branch, x_type, f_type = ctx.rest
     dy = torch.zeros_like(y) if dy is None else dy
-    ds = ds if ctx.keep_sum else None  # of an empty tensor, where tracing gives every output a gradient
+    ds = ds if ctx.keep_sum else None  # tracing gives every output a gradient, also the empty tensor
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or dr is not None):  # a second derivative
         total, dw = differentiate(dy, None if dr is None else dr[..., None], ds, y, weight, bias, rstd[..., None])
         db = None if bias is None else dy.flatten(0, -2).sum(0, dtype=rstd.dtype).to(bias.dtype)
@@ -296,13 +296,13 @@ class _Eager(torch.autograd.Function):
 
 
 def _observed(*tensors: Tensor | None) -> bool:
-    """Whether somebody looks at operators: a compiler, a dispatch mode, or a tensor of another class."""
+    """Whether something looks at operators: a compiler, a dispatch mode, or a tensor of another class."""
     modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return modes or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in tensors)
 
 
 def refusal(x: Tensor, f: Tensor | None) -> str | None:
-    """Why these tensors cannot be taken; None where they can."""
+    """Why the kernels cannot take these tensors; None if they can."""
     if not (x.is_cuda or INTERPRETED):
         return f"the tensors are on {x.device.type}, and Triton needs a GPU"
     if x.dtype not in DTYPES or (f is not None and f.dtype not in DTYPES):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spannorm.lab.plan import Job, Plan
+from spannorm.lab.jobs.plan import Job, Plan
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.train.recipe import Recipe, TrainRecipe
 from spannorm.train.run import model_config

@@ -18,7 +18,7 @@ class TopKRouter(Qwen3MoeTopKRouter):
     """Qwen3-MoE's router, except that the softmax of a float64 model stays float64."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (tokens, hidden) → logits (tokens, experts); weights and indices of the chosen (tokens, k)."""
+        """Tokens (tokens, hidden) → logits (tokens, experts); weights and indices of the chosen experts (tokens, k)."""
         logits = F.linear(hidden_states, self.weight)
         probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
@@ -28,7 +28,7 @@ class TopKRouter(Qwen3MoeTopKRouter):
 
 
 class ExpertNorm(nn.Module):
-    """A norm on each expert's channels, every expert with a gain of its own: `weight` is (experts, channels)."""
+    """A norm on each expert's channels. Each expert has its own gain: `weight` is (experts, channels)."""
 
     def __init__(self, config: SpanNormConfig) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Experts(Qwen3MoeExperts):
 class NormedExperts(Qwen3MoeExperts):
     """Qwen3-MoE's experts, except that each normalizes what its down projection reads.
 
-    Rows are sorted by expert, so that `eager` is a loop over slices and `grouped_mm` one call. `batched_mm`, which
-    `generate` takes for single tokens on a GPU, copies each row its expert's matrix.
+    Rows are sorted by expert, so that `eager` is a loop over slices and `grouped_mm` one call. `generate` uses
+    `batched_mm` for single tokens on a GPU; it copies the expert's matrix for each row.
     """
 
     def __init__(self, config: SpanNormConfig) -> None:
@@ -88,18 +88,18 @@ class NormedExperts(Qwen3MoeExperts):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its k likeliest experts, and to the shared one if there is one.
+    """Each token goes to its k most likely experts, and to the shared expert if there is one.
 
         x ─ gate ─ top k ─ w
         x ─ experts i ∈ top k ─ Σ w_i·E_i(x) ─(+)─ y
         x ─ shared expert ─────────────────────┘
 
-    Equation: `y = Σ_{i ∈ top k} w_i·E_i(x) + S(x)`, w the softmax over all experts, divided by the sum over the chosen
-    if `norm_topk_prob`.
-    Source: Qwen3-MoE, arXiv 2505.09388; the shared expert, added without a gate, DeepSeekMoE, arXiv 2401.06066.
+    Equation: `y = Σ_{i ∈ top k} w_i·E_i(x) + S(x)`, w the softmax over all experts; with `norm_topk_prob` it is divided
+    by its sum over the chosen experts.
+    Source: Qwen3-MoE, arXiv 2505.09388. The shared expert, added without a gate: DeepSeekMoE, arXiv 2401.06066.
 
     Args:
-        inner_norms: of `Placement.inner_norms`, the one on ffn_down; it stands in every expert.
+        inner_norms: from `Placement.inner_norms`; the norm on ffn_down is in every expert.
     """
 
     def __init__(self, config: SpanNormConfig, inner_norms: Mapping[str, str]) -> None:

@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -25,76 +19,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from spannorm.errors import InputError
 from spannorm.init import Draw, InitReceipt, init_plan, init_receipt, init_weights_, standard_normal
+from spannorm.models.checkpoint import RENAMED, check_feed_forwards
 from spannorm.models.configuration import SpanNormConfig
 from spannorm.models.experts import TopKRouter
-from spannorm.models.sublayers import build_attention, build_ffn
-from spannorm.routing import auxiliary_losses
-from spannorm.shapes import State, Stream
-
-# Transformers said `past_key_values` up to 5.23 and says `cache` since: the name its layers and outputs know it by.
-CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-# Since 0.1 inner norms stand beside their projections, and what belongs to the first block is in it.
-RENAMED = {
-    **{f"{role}_proj.output_norm": f"{role}_norm" for role in "qkv"},
-    "o_proj.input_norm": "attn_out_norm",
-    "o_proj.head_scale": "head_scale_norm.weight",
-    "down_proj.input_norm": "ffn_down_norm",
-    "placement.attn_scale": "placement.gains_norm.attn_scale",
-    "placement.ffn_scale": "placement.gains_norm.ffn_scale",
-    "model.embedding_norm": "model.layers.0.embedding_norm",
-    "^embedding_norm": "layers.0.embedding_norm",
-}
-
-
-class HiddenState(nn.Identity):
-    """What passes it is recorded as a hidden state: (batch, seq, hidden), however many streams the blocks carry."""
-
-
-class SpanNormDecoderLayer(GradientCheckpointingLayer):
-    """One block: a placement around attention and feed-forward. It knows neither which placement nor which FFN."""
-
-    def __init__(self, config: SpanNormConfig, layer_idx: int) -> None:
-        super().__init__()
-        stack = config.stack
-        # a child of the first block and not of the model, so that a pipeline puts it where that block is
-        self.embedding_norm = stack.new_norm(config.hidden_size) if stack.embedding_norm and layer_idx == 0 else None
-        self.placement = stack.block(layer_idx, config.hidden_size)
-        self.hidden_state = HiddenState()
-        self.self_attn = build_attention(config, layer_idx, self.placement.inner_norms)
-        self.mlp = build_ffn(config, layer_idx, self.placement.inner_norms)
-
-    def forward(self, hidden_states: State, *, record: bool = False, **kwargs: Any) -> State:
-        """The state that the blocks carry → the next one; with `record` it shows what it reads as a hidden state."""
-
-        def attn(x: Stream) -> Stream:
-            return self.self_attn(hidden_states=x, **kwargs)[0]
-
-        def ffn(x: Stream) -> Stream:  # a function: Accelerate's hooks would move a module that is an argument
-            return self.mlp(x)
-
-        if self.embedding_norm is not None:
-            hidden_states = self.embedding_norm(hidden_states)
-        if record:
-            placement = self.placement
-            self.hidden_state(placement.read(placement.enter(hidden_states) if placement.is_first else hidden_states))
-        return self.placement(hidden_states, attn, ffn)
-
-
-class ScaledEmbedding(nn.Embedding):
-    """Token ids (batch, seq) → `embed_scale` · embedding (batch, seq, hidden)."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.embed_scale = embed_scale  # the name that PEFT and vLLM know from Gemma 3
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.embed_scale
+from spannorm.models.layer import CACHE, HiddenState, ScaledEmbedding, SpanNormDecoderLayer
+from spannorm.models.losses import chunked_loss, next_tokens, router_losses
+from spannorm.shapes import Stream
 
 
 def _recorder() -> OutputRecorder:
     recorder = OutputRecorder(HiddenState, capture_initial_hidden_state=False)
-    recorder.num_hidden_layers_key = "num_hidden_states"  # how many there are, for indices from the end
+    recorder.num_hidden_layers_key = "num_hidden_states"  # their number, for indices from the end
     return recorder
 
 
@@ -120,33 +55,26 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own, from safetensors alone: a pickle can run code, and is refused."""
+        """Transformers' own, from safetensors only. A pickle is refused, because it can run code."""
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise InputError("use_safetensors=False asks for a pickle: convert the weights to safetensors instead.")
         wanted = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {**RENAMED, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # save_pretrained would give old names back
-        used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
+        # otherwise save_pretrained would write the old names
+        used = getattr(model, "_weight_conversions", [])  # missing if shards were loaded
         model._weight_conversions = [c for c in used if c.source_patterns[0] not in RENAMED]
-        other = {name.partition(".mlp.")[0] for name in info["unexpected_keys"] if ".mlp." in name}
-        for name in info["missing_keys"]:
-            if name.partition(".mlp.")[0] in other:
-                kind = "mixtures of experts" if model.config.num_experts else "dense feed-forwards"
-                raise InputError(
-                    f"the configuration asks for {kind} where the checkpoint has none ({name} is missing): load it "
-                    "with the configuration it was saved with."
-                )
+        check_feed_forwards(model.config, info)
         return (model, info) if wanted else model
 
     def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not go to; the rest are active."""
+        """The number of parameters in experts that a token does not use. All other parameters are active."""
         experts = self.config.num_experts
-        held = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        return held // experts * (experts - self.config.num_experts_per_tok) if experts else 0
+        in_experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return in_experts // experts * (experts - self.config.num_experts_per_tok) if experts else 0
 
     def init_plan(self) -> dict[str, Draw]:
-        """How every parameter is to be drawn, by this model's configuration."""
+        """How every parameter must be drawn, according to this model's configuration."""
         return init_plan(
             self,
             width=self.config.hidden_size,
@@ -172,13 +100,13 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
     @property
     def keeps_unknown_parameters(self) -> bool:
-        """Whether parameters without a role keep what their own modules draw: in a class of somebody's own."""
+        """Whether parameters without a role keep what their own modules draw: only in a user's own class."""
         return type(self).__module__ != __name__
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         # Transformers initializes module by module, but a draw needs the parameter's name, which only the root knows.
-        # So the root draws all that was neither loaded nor drawn by the body it wraps; both are flagged.
+        # So the root draws what was neither loaded nor drawn by its body; loaded and drawn parameters have a flag.
         super().initialize_weights()
         fresh = {n: p for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
         self._draw({name: draw for name, draw in self.init_plan().items() if name in fresh})
@@ -186,8 +114,8 @@ class SpanNormPreTrainedModel(PreTrainedModel):
             parameter._is_hf_initialized = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # What is left to modules one by one: RoPE's buffers, what a subclass adds, and a table that takes the place of
-        # another when the vocabulary grows.
+        # Only these are initialized module by module: RoPE's buffers, modules that a subclass adds, and a new embedding
+        # or head when the vocabulary grows.
         if isinstance(module, LlamaRotaryEmbedding):
             super()._init_weights(module)
         elif isinstance(module, (nn.Embedding, nn.Linear)) and not any(module is m for m in self.modules()):
@@ -213,18 +141,18 @@ class SpanNormPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class SpanNormModelOutput(MoeModelOutputWithPast):
-    """What the decoder returns. On request also:
+    """The decoder's output. On request also:
 
-    `hidden_states` (`output_hidden_states`): what each block's attention reads before its norm, and what the head reads
-    after the final norm; L + 1 of (batch, seq, hidden), whatever the placement.
-    `streams` (`output_streams`): the state after each block; of several streams (batch, seq, n, hidden).
+    `hidden_states` (`output_hidden_states`): the input of each block's attention before its norm, and the head's input
+    after the final norm; L + 1 of (batch, seq, hidden), for any placement.
+    `streams` (`output_streams`): the state after each block; with several streams (batch, seq, n, hidden).
     """
 
     streams: tuple[Tensor, ...] | None = None
 
 
 class SpanNormModel(SpanNormPreTrainedModel):
-    """The decoder: embedding, blocks, and whatever norms at the two ends the placement asks for."""
+    """The decoder: embedding, blocks, and the norms that the placement needs at both ends."""
 
     def __init__(self, config: SpanNormConfig) -> None:
         super().__init__(config)
@@ -252,7 +180,7 @@ class SpanNormModel(SpanNormPreTrainedModel):
     ) -> SpanNormModelOutput:
         """Token ids (batch, seq) or embeddings (batch, seq, hidden) → hidden states (batch, seq, hidden).
 
-        Embeddings are what `get_input_embeddings()` gives, its `embed_scale` included.
+        Embeddings must be outputs of `get_input_embeddings()`, so that its `embed_scale` is included.
         `past_key_values` is the older name of `cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -291,9 +219,10 @@ class SpanNormModel(SpanNormPreTrainedModel):
 
 @dataclass
 class SpanNormOutput(MoeCausalLMOutputWithPast):
-    """What the causal LM returns; of a mixture of experts, with labels, also the sums over its sparse layers of the
-    load-balancing loss `aux_loss` and the router z-loss `z_loss`, each before its coefficient. `hidden_states` and
-    `streams` are the decoder's."""
+    """The causal LM's output. `hidden_states` and `streams` are the decoder's.
+
+    A mixture of experts, with labels, also returns the load-balancing loss `aux_loss` and the router z-loss `z_loss`,
+    each summed over the sparse layers, before its coefficient."""
 
     z_loss: Tensor | None = None
     streams: tuple[Tensor, ...] | None = None
@@ -335,12 +264,12 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         """Logits (batch, seq, vocab), and with `labels` (batch, seq; shifted inside, -100 ignored) the mean
         cross-entropy in nats per token.
 
-        With `loss_chunk` the loss is summed over so many tokens at a time, and their logits are computed again in
-        backward: never more than (loss_chunk, vocab) of them, and none are returned.
+        With `loss_chunk` the loss is computed in chunks of `loss_chunk` tokens, whose logits backward computes again.
+        At most (loss_chunk, vocab) logits are in memory, and none are returned.
 
-        In training a mixture of experts adds `router_aux_loss_coef · aux_loss + router_z_loss_coef · z_loss`. Each
-        sequence counts by its share of the predictions, of `num_items_in_batch` where the caller gives it, as in the
-        cross-entropy: so the losses of a step's parts add up to the step's, however it is split.
+        In training a mixture of experts adds `router_aux_loss_coef · aux_loss + router_z_loss_coef · z_loss`. A
+        sequence's weight is its share of the predictions, or of `num_items_in_batch` where the caller gives it, as in
+        the cross-entropy. So the losses of the parts of a step add up to the loss of the step, however it is split.
         """
         balanced = labels is not None and self.training and self.config.num_experts > 0
         outputs = self.model(
@@ -353,17 +282,18 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
             output_router_logits=balanced or output_router_logits or False,
             **kwargs,
         )
+        hidden = outputs.last_hidden_state
         chunked = labels is not None and loss_chunk > 0
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = None if chunked else self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = None if chunked else self.lm_head(hidden[:, kept, :])
         loss = aux_loss = z_loss = None
         if labels is not None:
-            if chunked:
-                loss = self._chunked_loss(outputs.last_hidden_state, labels, loss_chunk, **kwargs)
+            if logits is None:
+                loss = self._chunked_loss(hidden, labels, loss_chunk, **kwargs)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if outputs.router_logits:
-                aux_loss, z_loss = self._auxiliary_losses(outputs.router_logits, labels, attention_mask, **kwargs)
+                aux_loss, z_loss = self._router_losses(outputs.router_logits, labels, attention_mask, **kwargs)
                 if self.training:
                     loss = loss + self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
         return SpanNormOutput(
@@ -387,17 +317,16 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+        targets = next_tokens(labels) if shift_labels is None else shift_labels
         count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
         kwargs |= {"labels": None, "vocab_size": self.config.vocab_size, "num_items_in_batch": count}
 
-        def part(h: Tensor, y: Tensor) -> Tensor:
+        def part_loss(h: Tensor, y: Tensor) -> Tensor:
             return self.loss_function(logits=self.lm_head(h), shift_labels=y, **kwargs)
 
-        parts = zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
-        return torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in parts]).sum()
+        return chunked_loss(part_loss, hidden, targets, chunk)
 
-    def _auxiliary_losses(
+    def _router_losses(
         self,
         router_logits: tuple[Tensor, ...],
         labels: Tensor,
@@ -406,20 +335,9 @@ class SpanNormForCausalLM(SpanNormPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        routers = (module for module in self.modules() if isinstance(module, TopKRouter))
-        if torch.is_grad_enabled() and not router_logits[0].requires_grad and next(routers).weight.requires_grad:
-            raise InputError(
-                "reentrant activation checkpointing hides the routers from the auxiliary losses: use it with "
-                "`use_reentrant=False`."
-            )
-        predictions = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum(1)
-        weights = predictions / (predictions.sum() if num_items_in_batch is None else num_items_in_batch)
-        counted = torch.ones_like(labels) if attention_mask is None else attention_mask
-        if counted.ndim == 4:  # (batch, heads or 1, seq, seq), boolean or added: a token counts that may see itself
-            own = counted[:, 0].diagonal(dim1=-2, dim2=-1)
-            counted = own if own.dtype == torch.bool else own == 0
-        config = self.config
-        return auxiliary_losses(router_logits, config.num_experts_per_tok, counted, weights, config.router_aux_scope)
+        router = next(module for module in self.modules() if isinstance(module, TopKRouter))
+        targets = next_tokens(labels) if shift_labels is None else shift_labels
+        return router_losses(self.config, router, router_logits, targets, attention_mask, num_items_in_batch)
 
 
 class SpanNormForSequenceClassification(GenericForSequenceClassification, SpanNormPreTrainedModel):

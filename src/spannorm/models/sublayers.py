@@ -1,4 +1,4 @@
-"""Attention and feed-forward: Transformers' own, with norms on their projections where a placement asks for them."""
+"""Attention and feed-forward: Transformers' own, with norms on their projections if the placement needs them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_attention(config: SpanNormConfig, layer_idx: int, inner_norms: Mapping
 
 
 def build_ffn(config: SpanNormConfig, layer_idx: int, inner_norms: Mapping[str, str]) -> nn.Module:
-    """SwiGLU feed-forward, or a mixture of them where the configuration says so, and the norms inside.
+    """SwiGLU feed-forward, or a mixture of experts if the configuration says so, and the norms inside it.
 
     Args:
         inner_norms: of `Placement.inner_norms`, the one on ffn_down.

@@ -3,9 +3,9 @@
     placement(x, attn, ffn)        attn, ffn: Tensor → Tensor, shape (batch, seq, hidden)
 
 In the equations `N` is a norm with a learned gain, `A` attention, `F` the feed-forward, `x` the block's input, `h`
-what stands between the two sublayers, `x'` the block's output; `L` is the number of blocks, `b` this block's index
-from 0. `c` is the branch factor of a `:forward` depth rule, of attention or of the FFN (1 otherwise, or a learned
-gain); it multiplies what is added to the skip.
+the state between the two sublayers, `x'` the block's output; `L` is the number of blocks, `b` this block's index
+from 0. `c` is the factor on a branch's output, before it is added to the skip. A `:forward` depth rule sets it, for
+attention and for the FFN; without such a rule it is 1 or a learned gain.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Sublayer = Callable[[Stream], Stream]
 
 
 class Layout(NamedTuple):
-    """What a placement says of a whole stack."""
+    """What a placement decides for a whole stack."""
 
     kinds: Mapping[int, type[Placement]]
     """First block → the class of the blocks from there on; one entry unless placements are mixed over depth."""
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A matrix that a placement owns: drawn with std `scale` × the base std of the role `projection`, 0 for zeros."""
+    """A matrix that a placement owns. Its std is `scale` × the base std of the role `projection`; 0 gives zeros."""
 
     fan_out: int
     fan_in: int
@@ -48,7 +48,7 @@ class Projection(NamedTuple):
 
 
 class Gains(nn.Module):
-    """The learned parameters of a placement besides its norms, by name."""
+    """The learned parameters of a placement that are not in its norms, by name."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Gains(nn.Module):
             setattr(self, name, nn.Parameter(value.clone()))
 
     def forward(self, name: str) -> Tensor | None:
-        """One of them: by a call, so that whoever keeps weights elsewhere (offload, ZeRO-3) brings them first."""
+        """One of them. It is a call so that tools that keep weights elsewhere (offload, ZeRO-3) can load them first."""
         return self._parameters[name]
 
 
@@ -66,32 +66,33 @@ class Placement(nn.Module, ABC):
     Args:
         hidden_size: channels of the residual stream.
         layer_idx: this block's index, from 0.
-        num_layers: blocks in the stack; with `layer_idx` it fixes every constant.
+        num_layers: blocks in the stack. All constants follow from it and `layer_idx`.
         depth_rule: a name of `spannorm.scaling.depth_rule`; None means `default_depth_rule`.
         norm: `rmsnorm` or `layernorm`; `dyt` where `norms_only_reads`.
         eps: the norms' epsilon.
-        options: the placement's own, those that `layout` takes.
+        options: the placement's own options, which are the keywords of `layout`.
 
     Raises:
         InputError: an unknown rule or norm, a block outside the stack, `:gain` without a norm on the branch's output,
-            `dyt` where it does not fit.
+            `dyt` where it is not allowed.
     """
 
     default_depth_rule: ClassVar[str] = "none"
     recommended_base_init: ClassVar[str] = "normal"
-    """The base init of the method's own recipe; a comparison on a common body uses the same one for all."""
+    """The base init of the method's own recipe. A comparison on a common body uses one base init for all methods."""
     final_norm: ClassVar[bool]
     """Whether the stack needs a norm between its last block and the head. It belongs to the model."""
     inner_norms: ClassVar[Mapping[str, Literal["head", "width"]]] = {}
-    """Norms that live inside a sublayer, put there by whoever builds it: which of q, k, v (the projection's output),
-    attn_out, ffn_down (the projection's input), head_scale (a gain per head before attn_out), and whether a norm goes
-    over each head by itself or over the whole width."""
+    """Norms inside a sublayer: the code that builds the sublayer must add them.
+
+    Keys: q, k, v (on the projection's output), attn_out, ffn_down (on the projection's input), head_scale (a gain per
+    head before attn_out). Value: whether the norm is over each head alone or over the whole width."""
     output_norms: ClassVar[Mapping[str, Branch]] = {}
-    """The norms that stand on a branch's output, and whose: a depth rule's `:gain` sets their initial gain."""
+    """The norms on a branch's output, and the branch of each. A depth rule's `:gain` sets their initial gain."""
 
     norms_only_reads: ClassVar[bool] = False
-    """Whether every norm stands on what a sublayer reads, and none in the stream's way or on a branch's output. Then it
-    need not fix a scale, and may be `dyt`."""
+    """Whether every norm is on a sublayer's input, and none on the stream or on a branch's output. Such norms need not
+    fix a scale, so `dyt` is allowed."""
 
     attn_norm: Norm
     ffn_norm: Norm
@@ -118,9 +119,9 @@ class Placement(nn.Module, ABC):
         self.attn_scale: Scale = self.rule.forward.get("attn", 1.0)
         self.ffn_scale: Scale = self.rule.forward.get("ffn", 1.0)
         if gains := self.own_gains():
-            for name in gains.keys() & self.__dict__.keys():  # the number that a learned gain stands in for
+            for name in gains.keys() & self.__dict__.keys():  # the constant that a learned gain replaces
                 delattr(self, name)
-            # Transformers' Trainer decides weight decay by name: it leaves alone what stands under `…_norm`
+            # Transformers' Trainer decides weight decay by name: parameters under `…_norm` have none
             self.gains_norm = Gains(gains)
         for name, p in self.projections().items():
             setattr(self, name, nn.Parameter(torch.randn(p.fan_out, p.fan_in) * p.scale * p.fan_in**-0.5))
@@ -133,12 +134,12 @@ class Placement(nn.Module, ABC):
 
     @classmethod
     def layout(cls, num_layers: int) -> Layout:
-        """What the placement says of a whole stack. Its own options are taken and checked here, by keyword."""
+        """What the placement decides for a whole stack. Its own options are keywords here, and are checked here."""
         return Layout({0: cls}, embedding_norm=False)
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:
-        """The placement's own options: those that `layout` takes by keyword, with their defaults."""
+        """The placement's own options, which are the keywords of `layout`, with their defaults."""
         own = signature(cls.layout).parameters.values()
         return {p.name: p.default for p in own if p.kind is Parameter.KEYWORD_ONLY}
 
@@ -153,13 +154,13 @@ class Placement(nn.Module, ABC):
     def gains(self) -> dict[str, Tensor]:
         """The method's own learned parameters by name, each with its initial value: numbers, vectors, small matrices.
 
-        `block` reads them as attributes. Weight decay leaves them alone. A number becomes a parameter of one element,
-        which FSDP2 can shard.
+        `block` reads them as attributes. They have no weight decay. A number becomes a parameter of one element,
+        because FSDP2 cannot shard a parameter without a dimension.
         """
         return {}
 
     def own_gains(self) -> dict[str, Tensor]:
-        """`gains`, and before them those of a depth rule that learns one per branch."""
+        """`gains`, and before them one gain per branch if the depth rule learns them."""
         size = 1 if self.rule.learned == "scalar" else self.hidden_size
         learned = ("attn_scale", "ffn_scale") if self.rule.learned else ()
         gains = {**{name: torch.full((size,), self.rule.gain) for name in learned}, **self.gains()}
@@ -170,11 +171,11 @@ class Placement(nn.Module, ABC):
         return gains(name) if gains is not None and name in gains._parameters else super().__getattr__(name)
 
     def projections(self) -> dict[str, Projection]:
-        """The matrices that the method owns, by name; they have the role `projection`."""
+        """The matrices that the method owns, by name. Their role is `projection`."""
         return {}
 
     def discouraged(self, rule: DepthRule) -> str | None:
-        """Why the method's authors warn against a depth rule, with the source; None where they do not."""
+        """Why the method's authors warn against a depth rule, with the source; None if they do not."""
         return None
 
     @property
@@ -186,7 +187,7 @@ class Placement(nn.Module, ABC):
         return self.layer_idx == self.num_layers - 1
 
     def forward(self, x: Stream, attn: Sublayer, ffn: Sublayer) -> State:
-        """One block; the first also enters the stack's inner state, the last leaves it."""
+        """One block. The first also calls `enter`, the last also calls `exit`."""
         attn, ffn = partial(_answer, "attention", attn), partial(_answer, "the feed-forward", ffn)
         if self.is_first:
             x = self.enter(x)
@@ -198,30 +199,30 @@ class Placement(nn.Module, ABC):
         """The placement's equation."""
 
     def enter(self, x: Stream) -> State:
-        """Embedding → the state the blocks carry. Further streams are opened here."""
+        """Embedding → the state that the blocks carry. A placement with several streams creates them here."""
         return x
 
     def exit(self, x: Stream) -> State:
-        """The state the blocks carry → what the final norm or the head reads."""
+        """The state that the blocks carry → the input of the final norm or the head."""
         return x
 
     def read(self, x: State) -> Stream:
-        """What the block's attention reads, before its norm, of the state that the block works on.
+        """The input of the block's attention, before its norm.
 
         Args:
-            x: the state that enters `block`: block 0's is what `enter` makes of the embedding.
+            x: the state that enters `block`. For block 0 it is the output of `enter`.
 
         Returns:
-            (batch, seq, hidden), of one stream the stream itself.
+            (batch, seq, hidden); with one stream, the stream itself.
         """
         return x
 
     def unit(self, x: State, dims: int = 1) -> State:
-        """`x` over its RMS, taken over the last `dims` dimensions: a norm without a gain, for what weighs streams."""
+        """`x` divided by its RMS over the last `dims` dimensions: a norm without a gain, for weights of streams."""
         return F.rms_norm(x, x.shape[-dims:], eps=self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self.own_gains():  # up to 0.1 a gain stood on the placement itself, a number without a dimension
+        for name in self.own_gains():  # in version 0.1 a gain was on the placement itself, without a dimension
             if (value := state_dict.pop(prefix + name, None)) is not None:
                 state_dict[f"{prefix}gains_norm.{name}"] = torch.atleast_1d(value)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -231,7 +232,7 @@ class Placement(nn.Module, ABC):
 
 
 def _answer(name: str, sublayer: Sublayer, x: Stream) -> Stream:
-    """A sublayer's output, held to what it owes: a norm would take None for no branch, a sum stretch another shape."""
+    """A sublayer's output, after a check: a norm would read None as "no branch", and a sum would broadcast."""
     f = sublayer(x)
     if not hasattr(f, "shape") or (isinstance(f, Tensor) and f.shape != x.shape):
         what = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
@@ -240,7 +241,7 @@ def _answer(name: str, sublayer: Sublayer, x: Stream) -> Stream:
 
 
 def check_norm(kind: type[Placement], norm: str) -> None:
-    """Refuse `dyt`, which fixes no scale, where a norm must."""
+    """Refuse `dyt`, which fixes no scale, if one of the placement's norms must fix one."""
     if norm == "dyt" and not kind.norms_only_reads:
         raise InputError(
             f"norm 'dyt' squashes each channel by itself and fixes no scale, so it may stand only on what a sublayer "

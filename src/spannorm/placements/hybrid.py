@@ -10,13 +10,13 @@ from spannorm.shapes import Stream
 
 @final
 class HybridNorm(Placement):
-    """Normalize Q, K and V inside attention, and the FFN's input together with its skip.
+    """Normalize Q, K and V inside attention. The FFN's input and its skip are the same normalized stream.
 
         x ─┬─ A_qkv ─(+)─ N ─┬─ F ─(+)─ x'
            └─────────┘       └─────┘
 
-    Equation: `h = x + c·A_qkv(x)`, `x' = N(h) + c·F(N(h))`, one `N` used twice.
-    Ends: a final norm. `A_qkv` norms Q, K and V per head, before RoPE.
+    Equation: `h = x + c·A_qkv(x)`, `x' = N(h) + c·F(N(h))`; both N are the same norm.
+    Ends: a final norm. `A_qkv` normalizes Q, K and V per head, before RoPE.
     Init: Megatron's, N(0, 1/(2.5 d)) cut at 3σ, outputs ×1/√(2L).
     Source: arXiv 2503.04598.
     """

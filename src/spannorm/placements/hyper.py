@@ -1,4 +1,4 @@
-"""Placements on n streams, (batch, seq, n, hidden), that are read, written and mixed by learned weights."""
+"""Placements with n streams, (batch, seq, n, hidden). Learned weights say how they are read, written and mixed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def copies(x: Stream, streams: int) -> State:
 
 
 def mixed(weights: Tensor, x: Stream) -> State:
-    """Σ_i weights_ij x_i for each j, weights (…, n, m): in the stream's own precision, under autocast too."""
+    """Σ_i weights_ij x_i for each j, weights (…, n, m). Computed in the stream's dtype, also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.matmul(weights.to(x.dtype).mT, x)
 
@@ -37,7 +37,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 class _Hyper(Placement):
-    """What hyper-connections share: one matrix of weights says what a sublayer reads and how the streams are mixed."""
+    """Common part of hyper-connections: one matrix of weights says what a sublayer reads and how streams are mixed."""
 
     def enter(self, x: Stream) -> State:
         return copies(x, self.options["streams"])
@@ -57,27 +57,27 @@ class _Hyper(Placement):
 
     @abstractmethod
     def _weights(self, x: State, site: str) -> tuple[Tensor, Tensor]:
-        """(…, n, 1 + n): what the sublayer reads, and what the streams become; and (…, n): how it is written."""
+        """(…, n, 1 + n): weights of the sublayer's input, then of the new streams; (…, n): weights of its output."""
 
 
 @final
 class HyperConnections(_Hyper):
-    """PreNorm on n streams: each sublayer reads, writes and mixes them with learned weights.
+    """PreNorm with n streams: each sublayer reads, writes and mixes them with learned weights.
 
         R (n streams) ─ Σ α_i R_i ─ N ─ f ─ ×β_j ─(+)─ R'
         └──────────────── mixed by A ─────────────┘
 
     Equation: per sublayer `o = c·f(N(Σ_i α_i R_i))`, `R'_j = Σ_i A_ij R_i + β_j o`; each of α, A, β is a static value
-    plus `s·tanh(N(R_i)·w)` of its stream i, with vectors w of its own and a learned scalar s.
-    Ends: n copies of the embedding enter, their sum leaves; a final norm.
-    Init: in sublayer k α = e_(k mod n), A = 1, β = 1; w = 0, s = 0.01: it starts as PreNorm on equal streams.
+    plus `s·tanh(N(R_i)·w)` of its stream i; each has its own vectors w and a learned scalar s.
+    Ends: n copies of the embedding enter; their sum leaves; a final norm.
+    Init: in sublayer k α = e_(k mod n), A = 1, β = 1; w = 0, s = 0.01. So it starts as PreNorm on equal streams.
     Source: Hyper-Connections, arXiv 2409.19606.
-    Our reading: as we remember the paper, it also multiplies the std of the output matrices by √n. We leave that out,
-    so that PreNorm and this start as the same function. N on the streams is of the model's kind (the paper: LayerNorm).
+    Our reading: as we remember the paper, it also multiplies the std of the output matrices by √n. We do not, so that
+    it starts as the same function as PreNorm. N on the streams is the model's norm (in the paper: LayerNorm).
 
     Args:
         streams: n.
-        dynamic: whether the weights see the streams; without it they are α, A and β alone (the paper's static form).
+        dynamic: whether the weights depend on the streams. False: only the static α, A and β (the paper's static form).
     """
 
     default_depth_rule = "1/sqrt(2L)"
@@ -120,7 +120,7 @@ class HyperConnections(_Hyper):
 
 @final
 class ManifoldHyperConnections(_Hyper):
-    """Hyper-connections whose weights all come from the streams, and whose mixing matrix is doubly stochastic (mHC).
+    """Hyper-connections with all weights computed from the streams and a doubly stochastic mixing matrix (mHC).
 
         R (n streams) ─ Σ pre_i R_i ─ N ─ f ─ ×post_j ─(+)─ R'        pre, post, comb of the n·d channels of a token
         └──────────────── mixed by comb ──────────────┘
@@ -129,14 +129,14 @@ class ManifoldHyperConnections(_Hyper):
     `pre = σ(·) + ε`, `post = 2σ(·)`, `comb = Sinkhorn(softmax(·) + ε)` in 20 rounds; `o = c·f(N(Σ_i pre_i R_i))`,
     `R'_j = Σ_i comb_ij R_i + post_j o`.
     Ends: n copies of the embedding enter; `Σ_i (σ(gate·logit_i + base_i) + ε)·R_i` leaves; a final norm.
-    Init: DeepSeek-V4's, W drawn like other matrices, base 0, gates 1; or DepthBench's, which starts near PreNorm.
+    Init: DeepSeek-V4's (W is drawn like other matrices, base 0, gates 1), or DepthBench's, which starts near PreNorm.
     Source: mHC, arXiv 2512.24880; Transformers' `deepseek_v4`. The second init: DepthBench, arXiv 2609.32534.
-    Our reading: no depth rule; of the second init, which bias stands where.
+    Our reading: no depth rule; in the second init, the place of each bias.
 
     Args:
         streams: n.
-        init: `deepseek`, or `prenorm`: W = 0, gates 0.01, biases ±8, so that in sublayer k pre is about e_(k mod n),
-            comb about 1, and post is 1.
+        init: `deepseek`, or `prenorm`: W = 0, gates 0.01, biases ±8. Then in sublayer k pre is about e_(k mod n), comb
+            is about 1, and post is 1.
     """
 
     final_norm = True
@@ -151,7 +151,7 @@ class ManifoldHyperConnections(_Hyper):
         return Layout({0: cls}, embedding_norm=False)
 
     def _sites(self) -> dict[str, int]:
-        """Where weights are computed, and how many kinds: pre, post and comb, or the readout's one."""
+        """Where weights are computed, and how many kinds there: 3 (pre, post, comb), or 1 for the readout."""
         return {"attn": 3, "ffn": 3, **({"readout": 1} if self.is_last else {})}
 
     def gains(self) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class ManifoldHyperConnections(_Hyper):
 
     def exit(self, x: Stream) -> State:
         weights = self._logits(x, "readout")[0].sigmoid() + self.EPS
-        return mixed(weights.unsqueeze(-1), x)[..., 0, :].clone()  # FSDP2 wants no view of a model's parts
+        return mixed(weights.unsqueeze(-1), x)[..., 0, :].clone()  # FSDP2 does not accept a view as a module's output
 
     def _weights(self, x: State, site: str) -> tuple[Tensor, Tensor]:
         pre, post, comb = self._logits(x, site)
@@ -184,7 +184,7 @@ class ManifoldHyperConnections(_Hyper):
         return torch.cat(((pre.sigmoid() + self.EPS).unsqueeze(-1), comb), dim=-1), 2.0 * post.sigmoid()
 
     def _logits(self, x: State, site: str) -> tuple[Tensor, ...]:
-        """Of each kind, (…, n) or (…, n²)."""
+        """For each kind, (…, n) or (…, n²)."""
         n = self.options["streams"]
         weights, base, gates = (getattr(self, f"{site}_{name}") for name in ("weights", "base", "gates"))
         flat, w = exact(self.unit(x, dims=2)), exact(weights).unflatten(-1, (n, self.hidden_size))
@@ -195,14 +195,14 @@ class ManifoldHyperConnections(_Hyper):
 
 @final
 class GatedResidual(Placement):
-    """n streams that each sublayer reads through gates, channel by channel, and writes with a weight per stream.
+    """n streams. Each sublayer reads them through a gate per channel, and writes to each with its own weight.
 
         R (n streams) ─ N ─ mean_i g_i⊙ ─ f ─ ×w_i ─(+)─ R'        g, w of the normed streams of a token
         └───────────────────────────────────────────┘
 
     Equation: per sublayer `R̂_i = N_i(R_i)`, `g = σ(W_up silu(W_down R̂ / n))`, `w = 2σ(W_in R̂ / n)`,
-    `R'_i = R_i + w_i·c·f(mean_i g_i⊙R̂_i)`: the read stands in the place of the sublayer's norm.
-    Ends: n copies of the embedding enter; one more read leaves, in the place of the final norm.
+    `R'_i = R_i + w_i·c·f(mean_i g_i⊙R̂_i)`: the gated mean replaces the sublayer's norm.
+    Ends: n copies of the embedding enter; one more gated mean leaves; it replaces the final norm.
     Init: gains 1; N(0, 0.02²).
     Source: arXiv 2608.30320; Transformers' `qwen4_exp`.
     Our reading: no depth rule. W_down has d/8 rows.

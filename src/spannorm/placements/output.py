@@ -1,4 +1,4 @@
-"""Placements that normalize what a sublayer writes, before it is added."""
+"""Placements that normalize a sublayer's output before it is added."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PeriLN(Placement):
     Ends: a final norm; the embedding may be normalized too.
     Init: N(0, 0.02²). An init factor on the outputs has no effect in the forward pass: the output norm undoes it.
     Source: arXiv 2502.02732; Gemma 2 and 3.
-    Our reading: the base init. Gemma's embedding ×√d and gain 1+w are left to the model's configuration
-    (`embedding_multiplier`) and to the gain itself.
+    Our reading: the base init. Gemma's embedding ×√d is the configuration's `embedding_multiplier`; its gain 1+w is a
+    plain gain here.
 
     Args:
         embedding_norm: normalize the embedding once, before block 0.
@@ -47,13 +47,13 @@ class PeriLN(Placement):
 
 @final
 class OLMo2Norm(Placement):
-    """Peri-LN without the input norms: normalize each branch's output only (reordered norm).
+    """Peri-LN without the input norms: only each branch's output is normalized (reordered norm).
 
         x ─┬─ A ─ N ─(+)─┬─ F ─ N ─(+)─ x'
            └─────────┘   └─────────┘
 
     Equation: `h = x + c·N(A(x))`, `x' = h + c·N(F(h))`.
-    Ends: a final norm; queries and keys are normalized over the whole projected width before the head split.
+    Ends: a final norm. Queries and keys are normalized over the whole projected width, before the split into heads.
     Init: N(0, 0.02²) cut at 3σ.
     Source: OLMo 2, arXiv 2501.00656.
     """
@@ -106,8 +106,8 @@ class AveragedResidual(Placement):
 
     Equation: per sublayer `x ← √((i−1)/i)·x + √(1/i)·c·N(f(N(x)))`, i = 2, 3, … counts the sums of the whole stack.
     Ends: a final norm.
-    Init: N(0, 0.02²); the embedding is taken to have unit variance.
-    Source: Transformers' `beam` (Reflection AI 2026); no paper is known to us.
+    Init: N(0, 0.02²); the method assumes an embedding of unit variance.
+    Source: Transformers' `beam` (Reflection AI 2026); we know of no paper.
     Our reading: the base init.
     """
 

@@ -19,7 +19,7 @@ class PostNorm(Placement):
            └─────┘       └─────┘
 
     Equation: `h = N(x + c·A(x))`, `x' = N(h + c·F(h))`.
-    Ends: no final norm, the last block ends in one.
+    Ends: no final norm, because the last block ends in one.
     Init: Xavier; the embedding reaches block 0 at unit variance (×√d on std d^-1/2).
     Source: Vaswani et al. 2017, arXiv 1706.03762.
     Our reading: Xavier normal as the base init, which the paper does not state.
@@ -44,8 +44,8 @@ class B2T(Placement):
     Equation: `h = N(x + c·A(x))`, `x' = N(x + h + c·F(h))`.
     Ends: no final norm.
     Init: Xavier.
-    Source: B2T Connection, arXiv 2206.00330; takase/b2t_connection, where its encoder's block is this one.
-    Our reading: the base init. It is SpanNorm with the inner skip kept.
+    Source: B2T Connection, arXiv 2206.00330; takase/b2t_connection (the block of its encoder).
+    Our reading: the base init. The block is SpanNorm's with the inner skip kept.
     """
 
     recommended_base_init = "xavier"
@@ -67,8 +67,8 @@ class DeepNorm(Placement):
     Ends: no final norm.
     Init: Xavier normal, gain β = (8L)^-1/4 on V, attention-out and the FFN matrices, 1 on Q and K.
     Source: DeepNet, arXiv 2203.00555.
-    Our reading: β on a gated FFN's gate too. Code elsewhere hard-codes α for one depth, flips the sign of β's exponent
-    or leaves the experts out; we follow the paper at every depth.
+    Our reading: β also on the gate of a gated FFN. We follow the paper at every depth. Other code has α for one fixed
+    depth, the wrong sign in β's exponent, or no β on the experts.
     """
 
     default_depth_rule = "deepnorm"
@@ -91,7 +91,7 @@ class DeepNorm(Placement):
 
 @final
 class Keel(Placement):
-    """DeepNorm, except that each branch also normalizes its input and α is as large as the stack has sublayers.
+    """DeepNorm, except that each branch also normalizes its input, and α is the number of sublayers in the stack.
 
         x ─┬─ N ─ A ─(+)─ N ─┬─ N ─ F ─(+)─ N ─ x'
            └─── ×α ──┘       └─── ×α ──┘
@@ -99,9 +99,9 @@ class Keel(Placement):
     Equation: `h = N(αx + c·A(N(x)))`, `x' = N(αh + c·F(N(h)))`, α = 2L.
     Ends: in block 0 attention has no outer norm and α is 1, `h = x + c·A(N(x))`, `x' = N(h + c·F(N(h)))`; no final
     norm.
-    Init: none of its own; AdamW betas (0.9, 0.95).
+    Init: the method has none of its own; AdamW betas (0.9, 0.95).
     Source: arXiv 2601.19895.
-    Our reading: no final norm, since the last block ends in one; base init N(0, 0.02²).
+    Our reading: no final norm, because the last block ends in one; base init N(0, 0.02²).
 
     Args:
         alpha: the skip factor outside block 0, above 1; None means 2L.

@@ -1,4 +1,4 @@
-"""Placements that normalize what a sublayer reads, and leave the stream as it is."""
+"""Placements that normalize what a sublayer reads, and do not normalize the stream."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LayerNormScaling(Placement):
 
     Equation: `h = x + c·A(N(x)/√l)`, `x' = h + c·F(N(h)/√l)`, l = b+1.
     Ends: a final norm, not scaled.
-    Init: plain N(0, 0.02²); the authors warn that a scaled output init undoes the method.
+    Init: plain N(0, 0.02²). The authors warn that a scaled output init undoes the method.
     Source: arXiv 2502.05795.
     """
 
@@ -79,9 +79,9 @@ class SubLN(Placement):
 
     Equation: PreNorm's, with `N` before attention-out and before FFN-down.
     Ends: a final norm.
-    Init: Xavier normal, V, attention-out and the FFN matrices × √ln(2L); not with DeepNorm's.
+    Init: Xavier normal; V, attention-out and the FFN matrices × √ln(2L). Not together with DeepNorm's init.
     Source: Magneto, arXiv 2210.06423.
-    Our reading: √ln(2L) on a gated FFN's gate too; base init Xavier.
+    Our reading: √ln(2L) also on the gate of a gated FFN; base init Xavier.
     """
 
     default_depth_rule = "subln"
@@ -100,7 +100,7 @@ class SubLN(Placement):
 
 
 class MixLN(Placement):
-    """PostNorm in the lower blocks, PreNorm in the rest: a stack of two placements, not one of its own.
+    """PostNorm in the lower blocks, PreNorm in the rest. It has no equation of its own.
 
         blocks 0 … ⌊aL⌋−1:  PostNorm        blocks ⌊aL⌋ … L−1:  PreNorm
 
@@ -110,7 +110,7 @@ class MixLN(Placement):
     Source: arXiv 2412.13795; a = 0.25 up to 1 B parameters.
 
     Args:
-        post_fraction: a, from 0 (PreNorm throughout) to 1 (PostNorm throughout, and then no final norm).
+        post_fraction: a, from 0 (PreNorm in all blocks) to 1 (PostNorm in all blocks, and no final norm).
     """
 
     @classmethod
@@ -124,7 +124,7 @@ class MixLN(Placement):
 
 @final
 class GPAS(Placement):
-    """PreNorm, except that after each sum the stream is scaled down by a learned gate, and its gradient is not.
+    """PreNorm, except that after each sum a learned gate scales the stream down, but not its gradient.
 
         x ─┬─ N ─ A ─(+)─ ×(1−g) ─┬─ N ─ F ─(+)─ ×(1−g) ─ x'        g = silu(γ), seen by the forward pass alone
            └─────────┘            └─────────┘
@@ -134,7 +134,7 @@ class GPAS(Placement):
     Ends: a final norm.
     Init: γ = 0, so that the block starts as PreNorm; PreNorm's otherwise.
     Source: GPAS, arXiv 2506.22049; dandingsky/GPAS.
-    Our reading: the paper puts the same gate on other placements too; this is its Pre + GPAS.
+    Our reading: the paper uses the same gate with other placements too; this is its Pre + GPAS.
     """
 
     default_depth_rule = "1/sqrt(2L)"
@@ -157,7 +157,7 @@ class GPAS(Placement):
 
 @final
 class Parallel(Placement):
-    """PreNorm, except that attention and FFN read the same stream, side by side.
+    """PreNorm, except that attention and FFN read the same stream.
 
         x ─┬─ N ─┬─ A ─(+)─(+)─ x'
            │     └─ F ──│───┘
@@ -167,10 +167,10 @@ class Parallel(Placement):
     Ends: a final norm.
     Init: PreNorm's.
     Source: GPT-J; GPT-NeoX-20B, arXiv 2204.06745 (two norms); PaLM, arXiv 2204.02311, and Cohere (one norm).
-    Our reading: the depth rule, which counts two branches a block as PreNorm's does.
+    Our reading: the depth rule. It counts two branches per block, as PreNorm's does.
 
     Args:
-        norms: 1, or 2 as in GPT-NeoX: one for each sublayer.
+        norms: 1 for both sublayers, or 2 as in GPT-NeoX, one for each sublayer.
     """
 
     default_depth_rule = "1/sqrt(2L)"
@@ -194,15 +194,15 @@ class Parallel(Placement):
 
 @final
 class ChannelScaling(Placement):
-    """PreNorm, except that skip and branch are scaled and shifted channel by channel before they are added.
+    """PreNorm, except that each channel of skip and branch is scaled and shifted before they are added.
 
         x ─┬─ N ─ A ─ +e ─ ×γ ─(+)─┬─ N ─ F ─ +e ─ ×γ ─(+)─ x'
            └───── +b ─── ×a ───┘   └───── +b ─── ×a ───┘
 
     Equation: per sublayer `x ← a⊙(x + b) + γ⊙(c·f(N(x)) + e)`, a, b, γ, e learned vectors.
-    Ends: a final norm. ZAYA also scales and shifts the embedding so, once: that is left to the model.
+    Ends: a final norm. ZAYA also scales and shifts the embedding in this way, once. We leave that to the model.
     Init: a = γ = 1, b = e = 0, so that the block starts as PreNorm; N(0, 0.02²).
-    Source: ZAYA1 (Zyphra 2025), as Transformers' `zaya` has it.
+    Source: ZAYA1 (Zyphra 2025), as in Transformers' `zaya`.
     Our reading: no depth rule, as in that code.
     """
 

@@ -1,4 +1,4 @@
-"""Attention over depth: the state holds what was written before, (batch, seq, sources, hidden), and it grows."""
+"""Attention over depth: the state holds all earlier outputs, (batch, seq, sources, hidden), and grows with depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spannorm.shapes import State, Stream
 
 
 class _Sources(Placement):
-    """What both have in common: every read is an attention over the sources, with a learned query of its own."""
+    """Common part of both: every read is an attention over the sources, each with its own learned query."""
 
     default_depth_rule = "none"
     final_norm = True
@@ -29,7 +29,7 @@ class _Sources(Placement):
         return x.unsqueeze(-2)
 
     def exit(self, x: Stream) -> State:
-        return self._attended(x, "readout").clone()  # FSDP2 wants no view of a model's parts
+        return self._attended(x, "readout").clone()  # FSDP2 does not accept a view as a module's output
 
     def read(self, x: State) -> Stream:
         return x[..., 0, :] if self.is_first else self._attended(x, "attn")  # the embedding is the only source
@@ -48,17 +48,17 @@ class _Sources(Placement):
 
 @final
 class AttentionResiduals(_Sources):
-    """Every sublayer reads an attention over all that was written before it, in the place of a sum.
+    """Every sublayer reads an attention over all earlier outputs, instead of their sum.
 
         v_0 … v_l ─ softmax(q_l·unit(v)) ─ Σ ─ N ─ f ─┐        v_0 is the embedding
               └────────────────────────── and v_(l+1) ┘
 
     Equation: before sublayer l `h = Σ_i softmax_i(q_l·unit(v_i))·v_i`, `v_(l+1) = c·f(N(h))`; q_l a learned vector.
-    Ends: block 0's attention reads the embedding; one more read leaves; a final norm. The state grows by two a block.
+    Ends: block 0's attention reads the embedding; one more read leaves; a final norm. Each block adds two sources.
     Init: q_l = 0, so that a read is a mean; N(0, 0.02²).
     Source: Attention Residuals, arXiv 2603.15031 (Kimi).
-    Our reading: no depth rule. The authors' norm on the sources has a gain, which is folded into q_l here. As we read
-    them, they do not divide by √d; Inkling does.
+    Our reading: no depth rule. The authors' norm on the sources has a gain; here it is part of q_l. As we read the
+    paper, there is no division by √d; Inkling has one.
 
     Args:
         form: `paper`, or `inkling`: `h = Σ_i softmax_i(q_l·unit(v_i)/√d)·unit(v_i)`, as in Transformers' `inkling2`.
@@ -76,20 +76,20 @@ class AttentionResiduals(_Sources):
 
 @final
 class BlockAttentionResiduals(_Sources):
-    """Attention residuals over sums: blocks form groups, and a group's outputs are added to each other.
+    """Attention residuals over sums: blocks form groups, and the outputs within a group are added up.
 
         s_0 … s_g ─ softmax(q_l·unit(s)) ─ Σ ─ N ─ f ─(+)─ s_g        s_0 is the embedding, s_g the running group's sum
               └────────────────────────────────────────┘
 
-    Equation: before sublayer l `h = Σ_i softmax_i(q_l·unit(s_i))·s_i`, `s_g ← s_g + c·f(N(h))`; a group's first output
-    opens its sum.
-    Ends: block 0's attention reads the embedding; one more read leaves; a final norm. The state grows by one a group.
+    Equation: before sublayer l `h = Σ_i softmax_i(q_l·unit(s_i))·s_i`, `s_g ← s_g + c·f(N(h))`; s_g starts as the
+    group's first output.
+    Ends: block 0's attention reads the embedding; one more read leaves; a final norm. Each group adds one source.
     Init: q_l = 0, so that a read is a mean; N(0, 0.02²).
     Source: Attention Residuals, arXiv 2603.15031 (Kimi); Transformers' `inkling2`.
-    Our reading: as for `attnres`. Groups are of whole blocks, ⌈L/groups⌉ each, the last one perhaps shorter.
+    Our reading: as for `attnres`. A group has ⌈L/groups⌉ whole blocks; the last group may have fewer.
 
     Args:
-        groups: how many, at most.
+        groups: the largest number of groups.
         form: as for `attnres`.
     """
 
@@ -115,6 +115,6 @@ class BlockAttentionResiduals(_Sources):
 
 
 def written(x: Stream, f: Tensor, scale: Scale) -> State:
-    """The sources, and one more."""
+    """The sources with one more: the scaled output `f`."""
     f = f if isinstance(scale, float) and scale == 1.0 else scale * f
     return torch.cat((x, f.unsqueeze(-2)), dim=-2)

@@ -20,17 +20,17 @@ class SpanNorm(Placement):
            └─────┘
 
     Equation: `h = N(x + c·A(x))`, `x' = N(x + c·F(h))`.
-    Ends: no final norm; block 0's attention reads `N0(x)` while both skips keep the raw embedding.
-    Init: the paper's Scale Init, a depth-dependent *init* that bounds each branch's variance to O(1/L), read as
+    Ends: no final norm. Block 0's attention reads `N0(x)`; both skips keep the raw embedding.
+    Init: the paper's Scale Init, a depth-dependent *init* that bounds each branch's variance to O(1/L). We read it as
     attention-out and FFN-down times 1/√L.
     Source: arXiv 2601.22580, Eqs. 5–8.
-    Our reading: the paper's full text was not available to us. The block is about certain (~95 %), no final norm ~70 %,
-    the form of Scale Init ~50 %, block 0 ~65 %, RMSNorm is our default. No official code exists.
+    Our reading: the paper's full text was not available to us. How sure we are: the block's equation ~95 %, no final
+    norm ~70 %, the form of Scale Init ~50 %, block 0 ~65 %. RMSNorm is our default. No official code exists.
 
     Args:
-        initial_norm: block 0, where `x` is the raw embedding. `attention`: A reads `N0(x)`, both skips stay raw (our
-            reading). `embedding`: the embedding is normalized once, before block 0 (the other reading). `none`:
-            neither.
+        initial_norm: what happens in block 0, where `x` is the raw embedding. `attention`: A reads `N0(x)`, both skips
+            stay raw (our reading). `embedding`: the embedding is normalized once, before block 0 (the other reading).
+            `none`: no such norm.
     """
 
     default_depth_rule = "1/sqrt(L)"

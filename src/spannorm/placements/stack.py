@@ -1,6 +1,6 @@
 """The registry of placements, and the whole stack that a name stands for.
 
-Adding a placement takes a class and a line here, or `register_placement` from a file of your own
+To add a placement, write a class and add a line here, or call `register_placement` in your own file
 (docs/add_a_placement.md).
 """
 
@@ -54,11 +54,11 @@ PLACEMENTS: dict[str, type[Placement]] = {
     "attnres": AttentionResiduals,
     "attnres_block": BlockAttentionResiduals,
 }
-"""Every name that `build_placement`, the configuration and the recipes take."""
+"""Every name that `build_placement`, the configuration and the recipes accept."""
 
 
 def register_placement(name: str, kind: type[Placement]) -> None:
-    """Give a placement of your own a name: then models, recipes, theory and the command line take it like any other.
+    """Give your own placement a name. Then models, recipes, theory and the command line accept it like any other.
 
     Args:
         name: not yet taken.
@@ -89,14 +89,14 @@ def _option_kinds(kind: type[Placement]) -> dict[str, Any]:
     """A placement's own options → their kinds, as its `layout` declares them."""
     try:
         hints = get_type_hints(kind.layout)
-    except (NameError, TypeError):  # of somebody's own, with a name that is known to type checkers alone
+    except (NameError, TypeError):  # a user's placement may use a name that only type checkers know
         hints = {}
     return {name: hints.get(name, Any) for name in kind.option_defaults()}
 
 
 @dataclass(frozen=True)
 class Stack:
-    """All blocks of a model: which placement each has, and what belongs to the whole: depth rule, options, ends.
+    """All blocks of a model: the placement of each, and what they share: depth rule, options, norms at both ends.
 
         stack = Stack("span", 32)
         blocks = [Block(MyAttention(), MyFFN(), stack.block(b, hidden_size=512)) for b in range(32)]
@@ -107,7 +107,7 @@ class Stack:
         placement: a name of `PLACEMENTS`.
         num_layers: blocks, at least 1.
         depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default.
-        options: the placement's own.
+        options: the placement's own options.
         norm: `rmsnorm`, `layernorm` or `dyt`.
         eps: the norms' epsilon.
 
@@ -173,7 +173,7 @@ class Stack:
         )  # fmt: skip
 
     def new_norm(self, channels: int) -> Norm:
-        """A norm of the stack's kind: for its two ends, and inside sublayers."""
+        """A norm of the stack's kind, for its two ends and for inside the sublayers."""
         return build_norm(self.norm, channels, self.eps)
 
     def blocks(self, hidden_size: int) -> list[Placement]:

@@ -15,14 +15,14 @@ from spannorm.shapes import State, Stream
 
 @final
 class ResiDual(Placement):
-    """PostNorm, beside which a second stream collects every branch's output unnormalized.
+    """PostNorm, and a second stream that adds up the outputs of all branches without a norm.
 
         d ────────(+)──────────────(+)─────── d'        readout: x + N(d)
         x ─┬─ A ─┬─(+)─ N ─┬─ F ─┬─(+)─ N ─── x'
            └───────┘       └───────┘
 
     Equation: per sublayer `f = c·f(x)`, `d ← d + f`, `x ← N(x + f)`.
-    Ends: both streams start at the embedding; the last block reads out `x + N(d)`; no final norm besides.
+    Ends: both streams start at the embedding; the last block reads out `x + N(d)`; no other final norm.
     Init: Xavier.
     Source: arXiv 2304.14802.
     Our reading: the base init.
@@ -55,7 +55,7 @@ class ResiDual(Placement):
 
 @final
 class SiameseNorm(Placement):
-    """A normalized and an unnormalized stream that share every sublayer.
+    """Two streams, one normalized and one not, that share every sublayer.
 
         Y ──┬──────────────(+)── Y'
             N               │            readout: X + N(Y)
@@ -63,11 +63,11 @@ class SiameseNorm(Placement):
          └────────────────(+)─ N ── X'
 
     Equation: per sublayer `o = c·f(N_in(X + N_Y(Y)))`, `X ← N_X(X + o/√(l+1))`, `Y ← Y + o`.
-    Ends: both streams start at the embedding; the last block reads out `X + N(Y)`; no final norm besides.
+    Ends: both streams start at the embedding; the last block reads out `X + N(Y)`; no other final norm.
     Init: gains 1; N(0, 0.02²).
     Source: arXiv 2602.08064v2.
-    Our reading: the base init's σ; l counts sublayers from 0. The official code divides by √(2(b+1)) in both sublayers
-    of a block and reads out `N(N(X) + N(Y))`; we follow the paper.
+    Our reading: the base init's σ; l counts sublayers from 0. We follow the paper. The official code divides by
+    √(2(b+1)) in both sublayers of a block and reads out `N(N(X) + N(Y))`.
     """
 
     final_norm = False
@@ -115,8 +115,8 @@ class MixedInput(Placement):
         x ── ×λ ──────(+)─┬─ N ─ A ─(+)─┬─ N ─ F ─(+)─ x'
                           └─────────┘   └─────────┘
 
-    Equation: `y = λ·x + λ₀·x_0`, `h = y + c·A(N(y))`, `x' = h + c·F(N(h))`; λ, λ₀ learned scalars of each block, x_0
-    the normalized embedding, which is carried as a second stream.
+    Equation: `y = λ·x + λ₀·x_0`, `h = y + c·A(N(y))`, `x' = h + c·F(N(h))`; λ, λ₀ are learned scalars of each block.
+    x_0 is the normalized embedding, which is carried as a second stream.
     Ends: the embedding is normalized once; a final norm.
     Init: λ from 1.15 down to 1.05 and λ₀ from 0.20 down to 0.05 over depth; N(0, 0.02²).
     Source: nanochat and modded-nanogpt, whose blocks are Transformers' `nanochat` (without the λ).
@@ -149,7 +149,7 @@ class MixedInput(Placement):
         return torch.stack((x, x), dim=-2)
 
     def exit(self, x: Stream) -> State:
-        return x.select(-2, 0).clone()  # FSDP2 wants no view of a model's parts
+        return x.select(-2, 0).clone()  # FSDP2 does not accept a view as a module's output
 
     def read(self, x: State) -> Stream:
         x, x_0 = x.unbind(-2)

@@ -1,8 +1,8 @@
 """Measuring a model made of placements: signal, gradient and collapse by layer. PyTorch only.
 
-`Probe` watches any forward and backward pass; `measure` makes one. The other functions change one thing and measure
-what it does: `gradient_paths`, `block_skip_costs`, `update_sizes`, `depth_use`. `Watch` measures an optimizer step of
-any model of blocks. What each number is: docs/probes.md.
+`Probe` watches any forward and backward pass; `measure` runs one. The other functions change one thing and measure the
+effect: `gradient_paths`, `block_skip_costs`, `update_sizes`, `depth_use`. `Watch` measures an optimizer step of any
+model with blocks. docs/probes.md explains each number.
 """
 
 from spannorm.probes.depth import DepthUse, depth_use

@@ -1,4 +1,4 @@
-"""Use of depth: what each block is good for, and what it is for the others. DepthBench's measures, on any decoder."""
+"""Use of depth: what each block contributes, and how it affects other blocks. DepthBench's measures, on any decoder."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ _log = logging.getLogger("spannorm")
 
 @dataclass(frozen=True)
 class DepthUse:
-    """Measures of arXiv 2609.32534 (DepthBench), of L blocks and L+1 points: what enters block 0, what leaves each.
+    """Measures of arXiv 2609.32534 (DepthBench), for L blocks and L+1 points: the input of block 0, every output.
 
-    Of several streams a point is what the readout would hand on there, as in `Record`; docs/probes.md says more.
+    With several streams a point is the readout at that place, as in `Record`. docs/probes.md explains each measure.
     """
 
     loss: float
     """Mean over the batches."""
     angular_distance: list[float]
-    """By block: the angle between its input and its output over π, mean over tokens."""
+    """By block: the angle between its input and its output, divided by π, mean over tokens."""
     token_cosine: list[float]
     """By point: mean cosine between different tokens of a sequence."""
     skip_cost: list[float]
-    """By block: the rise of the loss when its output is its input."""
+    """By block: how much the loss increases if its output is replaced by its input. 0 means that removing the block
+    costs nothing."""
     usefulness: list[float]
-    """By block: the rise of the loss when its output is the best linear map of its input, by least squares; NaN where
-    there are fewer tokens than twice the channels of its input."""
+    """By block: how much the loss increases if its output is replaced by the best linear map of its input, by least
+    squares. NaN if there are fewer tokens than twice the channels of its input."""
     causal: list[list[float]]
-    """`[l][k]`: ‖Δ'_k − Δ_k‖/‖Δ_k‖ over tokens and channels, Δ_k what block k changes between its points and Δ'_k the
-    same when block l is skipped; 0 for k ≤ l, NaN where Δ_k is 0."""
+    """`[l][k]`: ‖Δ'_k − Δ_k‖/‖Δ_k‖ over tokens and channels. Δ_k is block k's output minus its input, Δ'_k the same
+    when block l is skipped. 0 for k ≤ l, NaN if Δ_k is 0."""
     permutation: list[list[float]]
-    """`[l][k]`: |change of the loss|/loss when blocks l and k have exchanged their weights; NaN where not measured."""
+    """`[l][k]`: |change of the loss|/loss if blocks l and k exchange their weights. NaN if not measured."""
     logit_lens: list[float]
-    """By point: the loss when the rest of the blocks is skipped, the model's own norm and head after it."""
+    """By point: the loss if all later blocks are skipped. The model's own final norm and head follow."""
     jacobian: list[float]
-    """By point: ‖∂y/∂x‖ over the root of y's size, y what the stack returns: Frobenius, estimated by random vectors."""
+    """By point: ‖∂y/∂x‖ (Frobenius) divided by the root of y's size, y the stack's output. Estimated with random
+    vectors."""
 
     def effect_on_later(self) -> list[float]:
-        """By block: the mean of its causal scores on the blocks behind it; NaN for the last one."""
+        """By block: the mean of its causal scores on later blocks; NaN for the last one."""
         rows = [row[block + 1 :] for block, row in enumerate(self.causal)]
         return [math.fsum(row) / len(row) if row else math.nan for row in rows]
 
@@ -65,17 +67,17 @@ def depth_use(
     reach: int | None = None,
     draws: int = 1,
 ) -> DepthUse:
-    """Measure how a model uses its depth, on held-out text. Weights and random numbers are as before afterwards.
+    """Measure how a model uses its depth, on held-out text. Afterwards weights and random state are as before.
 
-    For each batch one forward pass, one pass per block for each of `skip_cost`, `usefulness` and `logit_lens` (and
-    one over `fit`), one per pair of blocks within `reach`, one backward pass.
+    Cost per batch: one forward pass; one pass per block for each of `skip_cost`, `usefulness` and `logit_lens` (and
+    one over `fit`); one pass per pair of blocks within `reach`; one backward pass.
 
     Args:
-        model: made of placements, rewired, or any decoder that `Blocks` finds the blocks of; in evaluation mode.
+        model: made of placements, rewired, or any decoder whose blocks `Blocks` finds; in evaluation mode.
         loss_of: computes the mean loss of a batch through the model, without a cache.
-        batches: what `loss_of` takes, of equal size.
-        fit: batches that the linear maps of `usefulness` are fitted on; without, `batches` themselves.
-        reach: exchange weights of blocks at most so far apart; None exchanges every pair.
+        batches: inputs of `loss_of`, of equal size.
+        fit: batches for the fit of the linear maps of `usefulness`; empty means `batches`.
+        reach: exchange the weights of blocks whose distance is at most `reach`; None means every pair.
         draws: random vectors per batch for the Jacobian.
 
     Raises:
@@ -138,7 +140,7 @@ def _angles_and_causes(
 def _points(
     blocks: Blocks, loss_of: Callable[[Any], Tensor], batch: Any, skipped: int | None = None
 ) -> tuple[list[Tensor], float]:
-    """The L+1 points of a pass in which one block is skipped, or none, and its loss."""
+    """The L+1 points of a pass, and its loss. One block is skipped; None skips none."""
     points: list[Tensor] = []
 
     def after(b: int, x: Tensor, y: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def _points(
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
-    """Between unit vectors, over π. By the tangent of its half: exact for small ones too, unlike the arccosine."""
+    """The angle between unit vectors, divided by π. The half-angle tangent is exact for small angles; arccos is not."""
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)) / math.pi
 
 
@@ -170,26 +172,26 @@ def _usefulness(
     loss: Callable[[After], float],
     whole: float,
 ) -> list[float]:
-    found = []
+    costs = []
     for block in range(len(blocks)):
         gram, cross, tokens = _moments(blocks, loss_of, fit, block)
         if tokens < 2 * len(gram):
             _log.warning("block %d: %d tokens are too few for a map of %d channels", block, tokens, len(gram))
-            found.append(math.nan)
+            costs.append(math.nan)
             continue
         best = torch.linalg.pinv(gram, hermitian=True) @ cross
 
         def linear(b: int, x: Tensor, y: Tensor, block: int = block, best: Tensor = best) -> Tensor:
             return (_flat(x) @ best).view(y.shape).to(y.dtype) if b == block else y
 
-        found.append(loss(linear) - whole)
-    return found
+        costs.append(loss(linear) - whole)
+    return costs
 
 
 def _moments(
     blocks: Blocks, loss_of: Callable[[Any], Tensor], fit: Sequence[Any], block: int
 ) -> tuple[Tensor, Tensor, int]:
-    """XᵀX and XᵀY of what a block reads and returns, all streams of a token in a row, and the number of tokens."""
+    """XᵀX and XᵀY of a block's input X and output Y, and the number of tokens. A row holds all streams of a token."""
     sums: list[tuple[Tensor, Tensor, int]] = []
 
     def after(b: int, x: Tensor, y: Tensor) -> Tensor:
@@ -223,14 +225,14 @@ def _permutation(blocks: Blocks, loss: Callable[[], float], whole: float, reach:
 
 
 def _matrices(block: nn.Module) -> dict[str, torch.Size]:
-    """What must agree for an exchange to mean something: a dense block has none with a mixture of experts."""
+    """Matrices that must have the same names and shapes in two blocks that exchange their weights."""
     return {n: p.shape for n, p in block.named_parameters() if p.ndim > 1 and not n.startswith("placement.")}
 
 
 @contextmanager
 @torch.no_grad()
 def exchanged(a: nn.Module, b: nn.Module) -> Iterator[None]:
-    """Within the context two blocks have each other's weights, those that both have by the same name and shape."""
+    """Within the context two blocks have exchanged the weights that have the same name and shape in both."""
 
     def exchange() -> None:
         theirs = {**dict(b.named_parameters()), **dict(b.named_buffers())}
@@ -238,7 +240,7 @@ def exchanged(a: nn.Module, b: nn.Module) -> Iterator[None]:
             other = theirs.get(name)
             if other is not None and other is not mine and other.shape == mine.shape:
                 kept = mine.clone()
-                mine.copy_(other)  # in place: whoever shards or offloads the weights keeps the tensor
+                mine.copy_(other)  # in place, because tools that shard or offload weights keep the tensor
                 other.copy_(kept)
 
     exchange()
@@ -249,7 +251,7 @@ def exchanged(a: nn.Module, b: nn.Module) -> Iterator[None]:
 
 
 def _jacobian(blocks: Blocks, loss_of: Callable[[Any], Tensor], batches: Sequence[Any], draws: int) -> list[float]:
-    """E‖Jᵀv‖²/‖v‖² = ‖J‖²/size for random v. Of several streams: a push on all of them at once."""
+    """E‖Jᵀv‖²/‖v‖² = ‖J‖²/size for random v. With several streams, x is a change that is added to all of them."""
     depth, generator = len(blocks), torch.Generator().manual_seed(0)
     squares = torch.zeros(depth + 1, dtype=torch.float64)
     for batch in batches:
@@ -275,7 +277,7 @@ def _jacobian(blocks: Blocks, loss_of: Callable[[Any], Tensor], batches: Sequenc
 
 
 def _end(blocks: Blocks, loss_of: Callable[[Any], Tensor], batch: Any) -> Tensor:
-    """What the stack returns: the last block's own output, through which FSDP2 brings the weights back in backward."""
+    """The stack's output. It is the last block's own output, because FSDP2's hooks on it load weights in backward."""
     ends: list[Tensor] = []
 
     def leave(_: nn.Module, __: Any, output: Any) -> None:

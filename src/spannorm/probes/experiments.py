@@ -1,4 +1,4 @@
-"""Measurements that make their own passes: one forward and backward, or the same with one thing changed."""
+"""Measurements that run their own passes: one forward and backward, or the same with one thing changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spannorm.probes.record import Record
 from spannorm.probes.statistics import exact
 
 Loss = Callable[[], Tensor]
-"""Computes a mean loss through the model that is probed, in the mode (training or evaluation) and under the autocast
-that the caller has set. The stack runs once, on activations that are not recomputed reentrantly."""
+"""Computes a mean loss through the probed model. The caller sets the mode (training or evaluation) and autocast. The
+stack runs once, without reentrant activation checkpointing."""
 
 
 def measure(
@@ -29,12 +29,12 @@ def measure(
     rank: bool = True,
     spectrum: bool = False,
 ) -> Record:
-    """One forward and backward pass under a `Probe`. Parameters get no gradient: a step in progress is not disturbed.
+    """One forward and backward pass under a `Probe`. Parameters get no gradient, so a step in progress is unchanged.
 
     Args:
         loss_of: computes the mean loss.
-        tokens: multiplies the gradient: with the number of predictions that the mean is over, it is the gradient of
-            the summed loss, which batches of any size share.
+        tokens: a factor on the gradient. Give the number of predictions in the mean to get the gradient of the summed
+            loss, which does not depend on the size of the batch.
         similarity, rank, spectrum: as in `Probe`.
     """
     placements = find_placements(model)
@@ -53,19 +53,19 @@ def measure(
 
 @torch.no_grad()
 def block_skip_costs(model: nn.Module, loss_of: Loss, *, blocks: Iterable[int] | None = None) -> list[float]:
-    """The rise of the loss, nats per token, when one block is skipped: its output is its input.
+    """How much the loss increases, nats per token, if one block's output is replaced by its input.
 
-    The block's norms are skipped with it. Of several streams the first block still opens and the last still closes
-    them. One forward pass per block, and one without a skip.
+    The block's norms are skipped too. With several streams the first block still creates them, and the last still
+    reads them out. One forward pass per block, and one without a skip.
 
     Args:
-        blocks: which to skip, one at a time; None means all.
+        blocks: the blocks to skip, one at a time; None means all.
     """
     placements = list(find_placements(model).values())
     whole = loss_of().item()
     costs = []
     for b in range(len(placements)) if blocks is None else blocks:
-        placements[b].block = _skipped  # on the instance, in front of the class's own
+        placements[b].block = _skipped  # on the instance: it hides the class's own
         try:
             costs.append(loss_of().item() - whole)
         finally:
@@ -75,19 +75,20 @@ def block_skip_costs(model: nn.Module, loss_of: Loss, *, blocks: Iterable[int] |
 
 @dataclass
 class UpdateSizes:
-    """RMS of a parameter's change over its RMS before."""
+    """RMS of a parameter's change, divided by its RMS before."""
 
     by_parameter: dict[str, float] = field(default_factory=dict)
     """By the parameter's full name."""
     by_block: dict[str, list[float]] = field(default_factory=dict)
-    """By the parameter's name inside its block, L values each; NaN for a block that has none of that name."""
+    """By the parameter's name inside its block, L values each; NaN if a block has no parameter of that name."""
 
 
 @contextmanager
 def update_sizes(model: nn.Module) -> Iterator[UpdateSizes]:
     """`with update_sizes(model) as sizes: optimizer.step()` fills `sizes` when the context ends.
 
-    Keeps a copy of all parameters meanwhile. A parameter that was 0 has an infinite ratio, or NaN if it stayed 0.
+    Inside the context it keeps a copy of all parameters. A parameter that was 0 has an infinite ratio, or NaN if it
+    stayed 0.
     """
     sizes = UpdateSizes()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -106,7 +107,7 @@ def update_sizes(model: nn.Module) -> Iterator[UpdateSizes]:
 
 @contextmanager
 def _entry(placements: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Holds the stream that enters block 0, made a leaf where it needs no gradient: weights may be frozen."""
+    """The stream that enters block 0. It becomes a leaf if it needs no gradient, because weights may be frozen."""
     entered: list[Tensor] = []
 
     def before(b: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:

@@ -1,4 +1,4 @@
-"""Following each branch's output through what a placement does with it, by the operations that it calls."""
+"""Following each branch's output through the operations of a placement."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Sum = Callable[[Tensor, float, Tensor, float], None]
-"""Told of a sum: the skip and its factor, the branch's output and its factor."""
+"""Called for a sum with the skip and its factor, and the branch's output and its factor."""
 
 _ADD = {"add": 1.0, "add_": 1.0, "__iadd__": 1.0, "__radd__": 1.0, "sub": -1.0, "sub_": -1.0, "__isub__": -1.0}
 
 
 class Flow(TorchFunctionMode):
-    """While it is active, what is computed from a branch's output alone is that branch's too: gated, scaled, reshaped.
+    """While it is active, a tensor that is computed from one branch's output alone counts as that branch's.
 
-    A plain `x + f` is a sum, and `on_sum` is told. Two branches added to each other go on as one, `attn+ffn`.
+    For example, it may be gated, scaled or reshaped. A plain `x + f` is a sum: `on_sum` is called. If two branches are
+    added to each other, the sum counts as one branch, `attn+ffn`.
     """
 
     def __init__(self, on_sum: Sum) -> None:
         super().__init__()
         self._on_sum = on_sum
-        self._branches: dict[int, tuple[Tensor, str]] = {}  # by id; the tensor is kept, so that the id stays its own
+        self._branches: dict[int, tuple[Tensor, str]] = {}  # by id; keeping the tensor keeps its id unique
         self._active = False
         self.called: set[str] = set()
         self.added: set[str] = set()
@@ -39,17 +40,17 @@ class Flow(TorchFunctionMode):
         super().__exit__(*error)
 
     def mark(self, x: Tensor, branch: str) -> None:
-        """Let `x` be of a branch; an empty name says nothing."""
+        """Note that `x` is a branch's; an empty name has no effect."""
         if branch:
             self._branches[id(x)] = x, branch
 
     def branch(self, x: Any) -> str:
-        """Whose output `x` is; empty for none."""
+        """The branch whose output `x` is; empty for none."""
         return self._branches[id(x)][1] if id(x) in self._branches else ""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what happens inside a sublayer, a norm or a measurement."""
+        """Not active within the context: for the inside of a sublayer, a norm or a measurement."""
         if not self._active:
             yield
             return
@@ -60,20 +61,20 @@ class Flow(TorchFunctionMode):
             self.__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         given = [x for a in (*args, *(kwargs or {}).values()) for x in (a if isinstance(a, (list, tuple)) else [a])]
         branches = {b for x in given if isinstance(x, Tensor) for b in self.branch(x).split("+") if b}
         if not branches:
-            return found
+            return result
         pair = [x for x in args[:2] if isinstance(x, Tensor) and x.ndim > 2]
         if func.__name__ in _ADD and len(pair) == 2 and not all(map(self.branch, pair)):
             (a, b), factor = pair, _ADD[func.__name__] * (kwargs or {}).get("alpha", 1.0)
-            if self.branch(b):  # torch has taken the mode off for this call
+            if self.branch(b):  # PyTorch has switched the mode off for this call
                 self._on_sum(a, 1.0, b, factor)
             else:
                 self._on_sum(b, factor, a, 1.0)
-            return found
-        for out in found if isinstance(found, (tuple, list)) else [found]:
+            return result
+        for out in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(out, Tensor):
                 self.mark(out, "+".join(sorted(branches)))
-        return found
+        return result

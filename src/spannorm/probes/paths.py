@@ -1,4 +1,4 @@
-"""The gradient taken apart by the paths it runs on, block by block, so that it neither underflows nor fills memory."""
+"""The gradient by path: skip, attention, feed-forward. One block at a time, so that it never underflows."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from spannorm.probes.statistics import power, summed
 PATHS: Mapping[str, tuple[str, ...]] = {
     "total": (), "skip": ("attn", "ffn"), "without_attention": ("attn",), "without_ffn": ("ffn",),
 }  # fmt: skip
-"""The gradients that are followed, and the branches whose outputs each finds detached."""
+"""The gradients that are followed, and the branches whose outputs are detached for each."""
 
 
 @dataclass(frozen=True)
 class GradientPaths:
-    """Gradients at the L blocks' inputs, over that at the stack's output; amplitudes, RMS over tokens and channels.
+    """Gradients at the L blocks' inputs, divided by that at the stack's output. RMS over tokens and channels.
 
-    Of several residual streams, the gradient is that of a push on all at once, which is what the embedding gives.
+    With several residual streams, the gradient is with respect to a change that is added to all streams at once, as a
+    change of the embedding is.
     """
 
     log_gain: dict[str, list[float]]
     """ln of the gain from the output to block b's input: of the `total` gradient, of the `skip` path alone (both
     branches detached in all blocks), `without_attention` and `without_ffn`."""
     attention_share: list[float]
-    """‖g − g₋‖²/‖g‖² with g the gradient at the block's input and g₋ what the same gradient at its output gives when
-    attention's output is detached: the part of the power that passed attention, where paths are uncorrelated."""
+    """‖g − g₋‖²/‖g‖². g is the gradient at the block's input. g₋ is the same with attention's output detached in this
+    block, from the same gradient at its output. If paths are uncorrelated, this is the share of the power that passed
+    through attention."""
     ffn_share: list[float]
-    """The like of the feed-forward. In SpanNorm attention's path runs inside the FFN's and counts in both."""
+    """The same for the feed-forward. In SpanNorm attention's path runs through the FFN's, and counts in both."""
 
     def share(self, path: str) -> float:
-        """End to end, the share of the power at the embedding that a path without a branch does not carry."""
+        """The share of the power at the embedding that is missing from `path`, from end to end."""
         return -math.expm1(2 * (self.log_gain[path][0] - self.log_gain["total"][0]))
 
 
 def gradient_paths(model: nn.Module, loss_of: Callable[[], Tensor]) -> GradientPaths:
-    """Follow the gradient from the stack's output to its input, whole and with branches detached.
+    """Follow the gradient from the stack's output to its input, with all branches and with branches detached.
 
-    The forward pass is the true one. Backward runs one block at a time from recorded inputs, and the gradient is
-    brought to unit RMS between blocks, its logarithm kept: a thousand blocks need the memory of one.
+    The forward pass is the model's own. Backward runs one block at a time from recorded inputs. Between blocks the
+    gradient is scaled to unit RMS, and the logarithm of its size is kept. So backward needs the memory of one block.
 
     Args:
         model: holds a whole stack of placements; no dropout (evaluation mode), no cache.
@@ -86,7 +88,7 @@ def gradient_paths(model: nn.Module, loss_of: Callable[[], Tensor]) -> GradientP
         arriving = gradients["total"]
         below: dict[str, Tensor] = {}
         for path, detached in PATHS.items():
-            # a detached branch is not run again: its output is replayed
+            # a detached branch is not computed again: its recorded output is used
             branches = (_replayed(kept[name]) if name in detached else f for name, f in (("attn", attn), ("ffn", ffn)))
             with torch.enable_grad():
                 output = placement(leaf, *branches)

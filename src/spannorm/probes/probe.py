@@ -1,4 +1,4 @@
-"""The probe: it stands around placements, their norms and their sums, looks, and touches nothing."""
+"""The probe: it measures placements, their norms and their sums, and changes nothing."""
 
 from __future__ import annotations
 
@@ -30,22 +30,25 @@ from spannorm.probes.statistics import (
 
 _log = logging.getLogger("spannorm")
 
+_Number = Callable[[list[float]], float]
+"""A number computed from a vector of means."""
+
 
 class Probe(AbstractContextManager["Probe"]):
     """Measures every forward and backward pass inside `with Probe(model) as probe:`, training steps included.
 
-    What is computed stays bit-identical. Under activation checkpointing the recomputation is not measured again.
+    The model's results stay bit-identical. The recomputation of activation checkpointing is not measured again.
     `probe.record()` is the mean over all passes since `with`, and over all ranks of torch.distributed.
 
     Args:
-        model: any module whose blocks hold a `placement`; not compiled, since compiled code runs no hooks. Of a model
-            with several stacks, the part that holds one: `Probe(model.encoder)`.
-        similarity: compare every point with every other, O(L²) time; keeps a copy of all streams during a pass.
-        rank: singular values of every point, about an eighth of a training step.
-        spectrum: hand back the singular values themselves.
+        model: any module whose blocks hold a `placement`; not compiled, because compiled code runs no hooks. If the
+            model has several stacks, give the part that holds one: `Probe(model.encoder)`.
+        similarity: compare every point with every other, in O(L²) time. Keeps a copy of all streams during a pass.
+        rank: compute the singular values of every point, which takes about an eighth of a training step.
+        spectrum: return the singular values too.
 
     Raises:
-        InputError: the model has no placements, or not one whole stack.
+        InputError: the model has no placements, or not one complete stack.
     """
 
     def __init__(self, model: nn.Module, *, similarity: bool = True, rank: bool = True, spectrum: bool = False) -> None:
@@ -65,12 +68,12 @@ class Probe(AbstractContextManager["Probe"]):
         for b, placement in enumerate(self.placements):
             self._replace(placement, "block", self._watched_block(b, placement))
             for name, site in placement.named_children():
-                if not isinstance(site, nn.Identity) and name != "gains_norm":  # which holds parameters and no sum
+                if not isinstance(site, nn.Identity) and name != "gains_norm":  # it holds only parameters
                     self._replace(site, "forward", self._watched_site(b, name, site))
         return self
 
     def _replace(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        setattr(module, name, method)  # on the instance, in front of the class's own
+        setattr(module, name, method)  # on the instance: it hides the class's own
         self._hooks.callback(delattr, module, name)
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +103,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._watch_gradient(len(self.placements), output)
         if self._watching:
             self._at_point(len(self.placements), output)
-            self._flow = None  # and the tensors that it kept
+            self._flow = None  # frees the tensors that it kept
 
     def _watched(self, b: int, branch: str, sublayer: Sublayer) -> Sublayer:
         def watched(x: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ class Probe(AbstractContextManager["Probe"]):
                 else:
                     with apart(x):
                         self._add("variance", self._unique("site", name), b, x, power(x))
-            if f is None:  # a norm on a branch's output: what it returns is the branch
+            if f is None:  # the output of a norm on a branch's output counts as the branch
                 self._flow.mark(output, self._flow.branch(x))
             return output
 
@@ -155,7 +158,7 @@ class Probe(AbstractContextManager["Probe"]):
         with apart(x):
             if x.ndim == 4:
                 self._add("signal_by_stream", "", point, x, power_by_stream(x))
-                self._watching = False  # the readout's norm is no site here
+                self._watching = False  # the readout's norm is not measured here
                 x = read_out(self.placements[-1], x)
                 self._watching = True
             self._add("signal", "", point, x, power(x))
@@ -175,7 +178,7 @@ class Probe(AbstractContextManager["Probe"]):
                 self._units = []
 
     def _watch_gradient(self, point: int, x: Tensor) -> None:
-        means = self._means  # of this `with`, whenever backward comes
+        means = self._means  # those of this `with`, because backward may run later
 
         def measure(gradient: Tensor) -> None:
             with apart(gradient):
@@ -183,7 +186,7 @@ class Probe(AbstractContextManager["Probe"]):
                 if gradient.ndim == 4:
                     means.add("gradient_by_stream", "", point, power_by_stream(gradient), tokens(gradient))
 
-        # Reentrant checkpointing runs forward without gradients and hands them to the recomputation.
+        # Reentrant checkpointing runs forward without gradients; the recomputation has them.
         if torch.is_grad_enabled() and x.requires_grad:
             x.register_hook(measure)
 
@@ -191,9 +194,9 @@ class Probe(AbstractContextManager["Probe"]):
         self._means.add(quantity, site, index, mean, tokens(x))
 
     def record(self) -> Record:
-        """The means over everything measured since `with`. A collective where torch.distributed is initialized.
+        """The means over all passes since `with`. If torch.distributed is initialized, every rank must call it.
 
-        Every rank weighs by its tokens, and its gradient is that of its own loss.
+        The weight of a rank is its number of tokens. Its gradient is that of its own loss.
 
         Raises:
             InputError: no forward pass ran inside `with`.
@@ -206,14 +209,14 @@ class Probe(AbstractContextManager["Probe"]):
                 "the module that was given to torch.compile, called itself."
             )
 
-        def rows(quantity: str, of: Callable[[list[float]], float], count: int = depth) -> dict[str, list[float]]:
-            found = means.get(quantity, {}).items()
-            return {site: [of(v[i]) if i in v else math.nan for i in range(count)] for site, v in found}
+        def rows(quantity: str, number: _Number, count: int = depth) -> dict[str, list[float]]:
+            sites = means.get(quantity, {}).items()
+            return {site: [number(v[i]) if i in v else math.nan for i in range(count)] for site, v in sites}
 
-        def points(quantity: str, of: Callable[[list[float]], float]) -> list[float]:
-            return rows(quantity, of, depth + 1).get("", [math.nan] * (depth + 1))
+        def points(quantity: str, number: _Number) -> list[float]:
+            return rows(quantity, number, depth + 1).get("", [math.nan] * (depth + 1))
 
-        def rms(stream: int = 0) -> Callable[[list[float]], float]:
+        def rms(stream: int = 0) -> _Number:
             return lambda squares: math.sqrt(squares[stream]) if stream < len(squares) else math.nan
 
         streams = range(max((len(v) for v in means.get("signal_by_stream", {}).get("", {}).values()), default=0))
@@ -246,5 +249,5 @@ def _square(flat: list[float], n: int) -> list[list[float]]:
 
 
 def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward pass: activation checkpointing, which asks the same of torch."""
+    """Whether this forward pass runs inside a backward pass, as the recomputation of activation checkpointing does."""
     return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What a probe hands back, and the running means it is made of."""
+"""The result of a probe, and the running means from which it is computed."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from spannorm.values import finite
+
 
 @dataclass(frozen=True)
 class Record:
-    """Means over the tokens of everything measured. NaN (`None` in `to_dict`) where nothing was.
+    """Means over all measured tokens. NaN (`None` in `to_dict`) means that nothing was measured.
 
-    L blocks have L+1 points: point 0 is what enters block 0, point l what leaves block l−1. RMS is over tokens and
-    channels. Of several residual streams, signals, cosines and ranks are those of what reaches the readout: what the
-    stack would hand on if it ended there. Their gradient is that of a push on all at once, as the embedding gives it.
+    L blocks have L+1 points: point 0 is the input of block 0, point l the output of block l−1. RMS is over tokens and
+    channels. With several residual streams, signals, cosines and ranks are those of the readout at that point: the
+    output of the stack if it ended there. The gradient is with respect to a change that is added to all streams at
+    once, as a change of the embedding is.
     """
 
     signal_rms: list[float]
     """RMS of the stream, L+1 values."""
     gradient_rms: list[float]
-    """RMS of the loss's gradient by the stream, L+1 values."""
+    """RMS of the loss's gradient with respect to the stream, L+1 values."""
     signal_rms_by_stream: list[list[float]]
-    """The same for each of n streams, n × (L+1); they are one at point 0 and L. Empty for one stream."""
+    """RMS of each of n streams, n × (L+1). At points 0 and L there is one stream. Empty for one stream."""
     gradient_rms_by_stream: list[list[float]]
-    """The same for each of n streams, n × (L+1)."""
+    """RMS of the gradient with respect to each of n streams, n × (L+1)."""
     variance: dict[str, list[float]]
-    """Mean square by site: what each norm reads, by the norm's name, and sums that no norm follows (`attn_add`,
+    """Mean square of the input of each norm, by the norm's name, and of sums that no norm follows (`attn_add`,
     `ffn_add`); L values each."""
     branch_rms: dict[str, list[float]]
-    """RMS of what the sublayer returns; `attn` and `ffn`, L values each."""
+    """RMS of the sublayer's output; `attn` and `ffn`, L values each."""
     added_rms: dict[str, list[float]]
-    """RMS of what is added to the skip: output norm, gate and factor included. A second sum of one branch is `attn_2`,
+    """RMS of what is added to the skip, after output norm, gate and factor. A second sum of one branch is `attn_2`,
     `ffn_2`."""
     rho: dict[str, list[float]]
     """Skip–branch correlation at the sum, ρ = ⟨skip·branch⟩ / √(⟨skip²⟩⟨branch²⟩), means over tokens and channels, so
     that the sum's variance is ⟨skip²⟩ + ⟨branch²⟩ + 2ρ√(⟨skip²⟩⟨branch²⟩)."""
     unmatched: dict[str, list[int]]
-    """Branches whose output the probe found in no sum, with their blocks: `rho` and `added_rms` do not have them."""
+    """Branches whose output the probe found in no sum, with their blocks. They are missing in `rho` and `added_rms`."""
     token_cosine: list[float]
     """Mean cosine between different tokens of a sequence, L+1 values."""
     layer_cosine: list[float]
@@ -49,38 +52,31 @@ class Record:
     effective_rank: list[float] | None
     """exp of the entropy of σ/Σσ, σ the singular values of the stream (tokens × hidden), L+1 values."""
     spectrum: list[list[float]] | None
-    """σ/√tokens, largest first, (L+1) × hidden: the squares add up to the mean squared length of a token."""
+    """σ/√tokens, largest first, (L+1) × hidden. The sum of squares is the mean squared length of a token."""
     loss: float = math.nan
-    """Mean loss, nats per token, where the probe computed it (`measure`)."""
+    """Mean loss, nats per token, if the probe computed it (`measure`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {key: _finite(value) for key, value in asdict(self).items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: finite(value) for key, value in asdict(self).items()}
 
 
 @dataclass
 class Means:
-    """Running means by (quantity, site, index), on the model's device until they are read: nothing waits for a GPU."""
+    """Running means by (quantity, site, index). They stay on the model's device until they are read, so that the
+    program does not wait for a GPU."""
 
     sums: dict[tuple[str, str, int], Tensor] = field(default_factory=dict)
     weights: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
     def add(self, quantity: str, site: str, index: int, mean: Tensor, weight: int) -> None:
-        """Take in a mean, or an array of means, over `weight` tokens."""
+        """Add a mean, or an array of means, over `weight` tokens."""
         key, total = (quantity, site, index), mean.flatten() * weight
         self.sums[key] = self.sums[key] + total if key in self.sums else total
         self.weights[key] = self.weights.get(key, 0) + weight
 
     def read(self) -> dict[str, dict[str, dict[int, list[float]]]]:
-        """quantity → site → index → mean vector, over all ranks where torch.distributed is initialized."""
+        """quantity → site → index → mean vector, over all ranks if torch.distributed is initialized."""
         keys = sorted(self.sums)  # the same on every rank
         if not keys:
             return {}

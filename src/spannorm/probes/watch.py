@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
-from spannorm.probes.blocks import find_placements
+from spannorm.probes.blocks import find_blocks
 from spannorm.probes.statistics import apart, exact, power
 
 
@@ -24,17 +24,17 @@ class Watch(AbstractContextManager["Watch"]):
             optimizer.step()
         wandb.log(watch.numbers(), step=step)
 
-    Gradients are those that the optimizer is given: summed over micro-batches, and clipped if you clip. Inside `with`
-    a copy of all parameters is kept while the optimizer steps. Where the parameters are sharded every rank must watch.
+    Gradients are those that the optimizer receives: summed over micro-batches, and clipped if you clip them. It keeps a
+    copy of all parameters during the optimizer's step. If the parameters are sharded, every rank must use it.
 
     Args:
-        model: any module with a list of blocks; not compiled, since compiled code runs no hooks.
+        model: any module with a list of blocks; not compiled, because compiled code runs no hooks.
         optimizer: the one that steps.
         blocks: path of the list of blocks, such as `model.layers`; None means the blocks that hold a `placement`, or
-            else the list of modules with the most parameters.
+            else the longest list of modules, if it also has the most parameters.
 
     Raises:
-        InputError: no list of blocks was found.
+        InputError: no list of blocks was found, or several.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, blocks: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Watch(AbstractContextManager["Watch"]):
             x = out[0] if isinstance(out, (tuple, list)) else out
             if not isinstance(x, Tensor):
                 return
-            if torch._C._current_graph_task_id() == -1:  # not what activation checkpointing runs again
+            if torch._C._current_graph_task_id() == -1:  # not a recomputation of activation checkpointing
                 with apart(x):
                     self._powers[f"activation_rms/{block}"].append(power(x))
             if torch.is_grad_enabled() and x.requires_grad:
@@ -106,11 +106,11 @@ class Watch(AbstractContextManager["Watch"]):
             self._numbers[f"update_ratio/{group}"] = (change / size).sqrt()
 
     def numbers(self) -> dict[str, float]:
-        """What the last step measured, by names such as `update_rms/block_003`; `rest` is what stands in no block.
+        """The last step's numbers, by names such as `update_rms/block_003`; `rest` is all that is in no block.
 
-        `activation_rms`: RMS of what a block hands on; `activation_gradient_rms`: of the loss's gradient by it, a mean
-        over micro-batches; `gradient_norm`: length of the gradient by a block's parameters; `update_rms`: RMS of their
-        change; `update_ratio`: that over their RMS before.
+        `activation_rms`: RMS of a block's output, mean over micro-batches. `activation_gradient_rms`: RMS of the loss's
+        gradient with respect to it. `gradient_norm`: length of the gradient with respect to a block's parameters.
+        `update_rms`: RMS of their change. `update_ratio`: that divided by their RMS before the step.
 
         Raises:
             InputError: no forward pass and no step ran inside `with`.
@@ -123,36 +123,11 @@ class Watch(AbstractContextManager["Watch"]):
         return {name: value.item() for name, value in sorted(self._numbers.items())}
 
 
-def find_blocks(model: nn.Module, path: str | None = None) -> list[str]:
-    """The paths of a model's blocks, first to last.
-
-    Args:
-        path: of the list that holds them; None means to look.
-
-    Raises:
-        InputError: there is no such list.
-    """
-    if path is None:
-        if any(hasattr(m, "placement") for m in model.modules()):
-            return list(find_placements(model))
-        lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-        outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in outer.items()}
-        path = max(sizes, key=sizes.__getitem__, default=None)
-    held = dict(model.named_modules()).get(path) if path is not None else None
-    if path is None or not isinstance(held, (nn.ModuleList, nn.Sequential)) or not len(held):
-        raise InputError(
-            f"{type(model).__name__} has no list of blocks{'' if path is None else f' at {path!r}'}: name a ModuleList "
-            "or Sequential of its by `blocks`."
-        )
-    return [f"{path}.{name}".lstrip(".") for name, _ in held.named_children()]
-
-
 def _group(name: str, blocks: list[str]) -> str:
     return next((f"block_{b:03d}" for b, path in enumerate(blocks) if name.startswith(f"{path}.")), "rest")
 
 
 def _square(x: Tensor) -> Tensor:
-    """Sum of squares, of a sharded tensor over all its shards."""
+    """Sum of squares; for a sharded tensor over all shards."""
     total = torch.linalg.vector_norm(exact(x)).square()
     return total.full_tensor() if hasattr(total, "full_tensor") else total

@@ -12,8 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from spannorm.catalog import entry
-from spannorm.lab.arms import Series
-from spannorm.lab.panels import INK, STYLE, WIDTH, numbers, plain_log, smooth
+from spannorm.lab.report.figures.panels import INK, STYLE, WIDTH, numbers, plain_log, smooth
+from spannorm.lab.results.runs import Series
 from spannorm.models import SpanNormConfig
 
 CURVES, RECEIPT = "curves.png", "init_receipt.txt"

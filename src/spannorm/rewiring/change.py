@@ -66,35 +66,15 @@ def _changed(
     seed: int,
 ) -> Rewiring:  # fmt: skip
     """Do it, once all is checked; the weights come last."""
-    base, text = model.base_model, model.config.get_text_config(decoder=True)
-    layers: Any = find(base, row.layers)
+    layers: Any = find(model.base_model, row.layers)
     norms = [
         norm for layer, own in zip(layers, rows, strict=True) for p in own.norms.values() if (norm := find(layer, p))
     ]
     template, classes = copy.deepcopy(norms[0]), {type(norm).__name__ for norm in norms}
     own_inner = [role for role in stack.inner_norms if has_own(layers[-1], rows[-1], role)]
-    kept: dict[str, str] = {}
-    added: set[str] = set()
-    for layer, block, own in zip(layers, blocks, rows, strict=True):
-        for role, over in block.inner_norms.items():
-            if not has_own(layer, own, role):
-                place_inner_norm(layer, own, text, template, role, over)
-                added.add(f"{role} (inner)")
-        moved = move_norms(layer, own, block, template)
-        kept |= {role: own.norms[role] for role in block.norms() if role in moved}
-        added |= set(block.norms()) - moved
-        rewire_layer(layer, own, block)
-    if stack.embedding_norm:
-        layers[0].embedding_norm = fresh_norm(template, row)
-        added.add("embedding_norm")
-    if stack.final_norm and not row.final_norm:
-        layers[-1].last_norm = fresh_norm(template, row)
-        added.add("final norm")
-    elif row.final_norm and not stack.final_norm:
-        owner, _, name = row.final_norm.rpartition(".")
-        setattr(base.get_submodule(owner), name, nn.Identity())
-    base.layer_path = row.layers
-    adopt(base, RewiredBody)
+    text = model.config.get_text_config(decoder=True)
+    kept, added = _rewire_layers(layers, rows, blocks, text, template)
+    added |= _rewire_ends(model.base_model, row, layers, stack, template)
     own_norms = dict.fromkeys(path for own in rows for path in own.norms.values())
     dropped = tuple(path for path in own_norms if path not in kept.values())
     changed = bool(added or dropped) or stack.final_norm != bool(row.final_norm)
@@ -119,6 +99,41 @@ def _changed(
         weights=tuple(weights),
         notes=tuple(notes),
     )
+
+
+def _rewire_layers(
+    layers: Any, rows: list[Family], blocks: list[Placement], text: Any, template: nn.Module
+) -> tuple[dict[str, str], set[str]]:
+    """Give each layer its placement and norms. Returns the norms that were kept, by role, and what was added."""
+    kept: dict[str, str] = {}
+    added: set[str] = set()
+    for layer, block, own in zip(layers, blocks, rows, strict=True):
+        for role, over in block.inner_norms.items():
+            if not has_own(layer, own, role):
+                place_inner_norm(layer, own, text, template, role, over)
+                added.add(f"{role} (inner)")
+        moved = move_norms(layer, own, block, template)
+        kept |= {role: own.norms[role] for role in block.norms() if role in moved}
+        added |= set(block.norms()) - moved
+        rewire_layer(layer, own, block)
+    return kept, added
+
+
+def _rewire_ends(base: Any, row: Family, layers: Any, stack: Stack, template: nn.Module) -> set[str]:
+    """Put norms after the embedding and before the head, or take the last one away. Returns what was added."""
+    added: set[str] = set()
+    if stack.embedding_norm:
+        layers[0].embedding_norm = fresh_norm(template, row)
+        added.add("embedding_norm")
+    if stack.final_norm and not row.final_norm:
+        layers[-1].last_norm = fresh_norm(template, row)
+        added.add("final norm")
+    elif row.final_norm and not stack.final_norm:
+        owner, _, name = row.final_norm.rpartition(".")
+        setattr(base.get_submodule(owner), name, nn.Identity())
+    base.layer_path = row.layers
+    adopt(base, RewiredBody)
+    return added
 
 
 def _say(model: Any, rewiring: dict[str, Any]) -> None:

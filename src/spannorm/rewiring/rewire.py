@@ -49,6 +49,17 @@ def rewire(
             parameters, a parameter that `init` has no role for (a head or an adapter of one's own), a placement
             that this family has no place for. Whatever is raised, the model is as it was.
     """
+    _check_kind(model)
+    checked(int, seed, "seed")
+    check_first(model, init)
+    row = family_of(model)
+    if row.found:
+        rehearse(model, row, placement, depth_rule, init, options)
+    return change(model, row, placement, depth_rule, init, seed, options)
+
+
+def _check_kind(model: Any) -> None:
+    """Refuse what is no model of Transformers, and one whose folder was opened without this package."""
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"rewire takes a Transformers model, not a {type(model).__name__}: rewire before you wrap it, or build "
@@ -59,9 +70,3 @@ def rewire(
             "this configuration was read from a rewired model's folder as the family's: take "
             "AutoConfig.from_pretrained(…, trust_remote_code=True), or the model itself with spannorm.load."
         )
-    checked(int, seed, "seed")
-    check_first(model, init)
-    row = family_of(model)
-    if row.found:
-        rehearse(model, row, placement, depth_rule, init, options)
-    return change(model, row, placement, depth_rule, init, seed, options)

@@ -1,12 +1,12 @@
-"""What a placement does to signal and gradient at initialization, worked out without building the model.
+"""What a placement does to signal and gradient at initialization, computed without building the model.
 
-It runs each placement's own equation, and needs PyTorch and NumPy. docs/theory.md derives it,
+It runs each placement's own equation, and needs only PyTorch and NumPy. docs/theory.md derives it.
 `spannorm depth-check` compares it with real models.
 """
 
 from spannorm.theory.body import Body
+from spannorm.theory.covariance import ACTIVATIONS
 from spannorm.theory.field import NoRule
-from spannorm.theory.kernel import ACTIVATIONS
 from spannorm.theory.predict import EXACT, Prediction, predict
 from spannorm.theory.verdict import FACTOR, Verdict, advised_rule, times, verdict
 

@@ -1,10 +1,11 @@
-"""A field of tokens as a tensor that a placement's own equation runs on.
+"""A field of tokens as a tensor, so that a placement's own equation can run on it.
 
-A field is a linear combination of *leaves*: the streams that enter a block, and its branches' outputs, which are
-independent of all before them because their weights are fresh. A `Field` holds the coefficients, in the shape
-(2 × leaves, positions, …, 1) where a model has (batch, seq, …, hidden). What a placement does to the state is linear
-and alike for all channels, norms aside, so PyTorch does to the coefficients what it would do to the state. The first
-half of the batch are the coefficients of the values, the second those of the gradients: `detach` sets these to zero.
+A field is a linear combination of *leaves*. The leaves are the streams that enter a block and the outputs of its
+branches, which are independent of everything before because their weights are fresh. A `Field` holds the coefficients:
+its shape is (2 × leaves, positions, …, 1) where a model has (batch, seq, …, hidden). Except in norms, a placement's
+operations are linear and the same for all channels. So PyTorch can apply them to the coefficients instead of the state.
+The first half of the batch holds the coefficients of the values. The second half holds those of the gradients; `detach`
+sets them to zero.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class NoRule(InputError):
 
 
 class Field(Tensor):
-    """Coefficients of a field. An operation that `RULES` does not have, or not in that way, raises `NoRule`."""
+    """Coefficients of a field. An operation raises `NoRule` if `RULES` does not allow it with these arguments."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,15 +41,15 @@ class Field(Tensor):
             if name == "detach":
                 value, slope = args[0].chunk(2)
                 return torch.cat((value, torch.zeros_like(slope))).as_subclass(cls)
-            found = func(*args, **kwargs)
+            result = func(*args, **kwargs)
             if name in _FACTS or (name in _PRODUCTS and _vanishes(args)):
-                return found
+                return result
             like = next(a for a in _flat(args) if isinstance(a, Field)).shape
-            outs = [found] if isinstance(found, Tensor) else list(found)
+            outs = [result] if isinstance(result, Tensor) else list(result)
             if any((o.shape[:2], o.shape[-1]) != (like[:2], like[-1]) for o in outs):
                 raise NoRule(f"the theory has no rule for the operation {name!r} over tokens or channels")
             fields = [o.as_subclass(cls) for o in outs]
-        return fields[0] if isinstance(found, Tensor) else tuple(fields)
+        return fields[0] if isinstance(result, Tensor) else tuple(fields)
 
 
 Rule = Callable[[tuple[Any, ...], Mapping[str, Any]], bool]
@@ -63,13 +64,14 @@ def _fields(*args: Any) -> int:
 
 
 def _vanishes(args: Any) -> bool:
-    """Whether something in a product is zero throughout, such as a projection that starts at 0: then so is the product,
-    whatever it sums over, and it is a constant."""
+    """Whether a factor of a product is zero everywhere, such as a projection that starts at 0.
+
+    Then the product is zero too, whatever it sums over, and is a constant."""
     return any(isinstance(a, Tensor) and not a.any() for a in _flat(args))
 
 
 def _linear(args: Any, kwargs: Any) -> bool:
-    """Every term a field, or zero."""
+    """Every term is a field, or zero."""
     return all(isinstance(a, Field) or not torch.as_tensor(a).any() for a in _flat(args[:2]))
 
 
@@ -80,7 +82,7 @@ def _over_streams(args: Any, kwargs: Any) -> bool:
 
 
 def _alike(args: Any) -> bool:
-    """Whether every factor beside the field is the same for all tokens."""
+    """Whether every factor except the field is the same for all tokens."""
     like = next(a for a in args if isinstance(a, Field)).shape
     for a in args:
         if isinstance(a, Tensor) and not isinstance(a, Field) and a.numel() > 1:
@@ -95,8 +97,8 @@ def _product(args: Any, kwargs: Any) -> bool:
 
 
 def _einsum(args: Any, kwargs: Any) -> bool:
-    """The field's letters for batch, tokens and channels stay where they are, and no factor differs between tokens; or
-    a factor is zero throughout."""
+    """The field's letters for batch, tokens and channels keep their places, and no factor differs between tokens; or a
+    factor is zero everywhere."""
     terms, _, out = args[0].replace(" ", "").partition("->")
     operands = _flat(args[1:])
     if _fields(operands) != 1 or _vanishes(operands):
@@ -110,7 +112,7 @@ def _einsum(args: Any, kwargs: Any) -> bool:
 
 
 def _index(args: Any, kwargs: Any) -> bool:
-    """`x[..., i, :]` or `x[:, :, i]`: streams alone are chosen."""
+    """`x[..., i, :]` or `x[:, :, i]`: the index chooses streams and nothing else."""
     index, whole = args[1], slice(None)
     if not isinstance(index, tuple) or any(i is None for i in index):
         return False
@@ -120,7 +122,7 @@ def _index(args: Any, kwargs: Any) -> bool:
 
 
 def _mixing(args: Any, kwargs: Any) -> bool:
-    """A matrix from the left mixes streams; one from the right mixes channels, and must be zero."""
+    """A matrix on the left mixes streams. A matrix on the right mixes channels, and must be zero."""
     return _fields(args) == 1 and (_vanishes(args[1:]) if isinstance(args[0], Field) else args[1].ndim == 4)
 
 

@@ -1,14 +1,14 @@
-"""A mixture of experts at initialization: the feed-forward's kernels, weighted by what the router makes of two tokens.
+"""A mixture of experts at initialization: the feed-forward's covariance, weighted by how the router treats two tokens.
 
     y = Σ_{e ∈ top k} w_e E_e(n) + S(n),    w from a softmax of the logits z = W n
 
-Experts are drawn independently, so that for two tokens t and s only the terms of one expert are left,
+Experts are drawn independently. So for two tokens t and s only terms with the same expert remain,
 
     E[y_t y_s] = A_ts · E[E_e(n_t) E_e(n_s)],    A_ts = E[Σ_e w_e(t) w_e(s)],
 
-and alike for the gradient through the experts. Through the router it is `M_ts · E[E_e(n_t) E_e(n_s)] g_ts` at the
-logits, `M_ts = E[Σ_e w_e w'_e (1 − p_e − p'_e + Σ_j p_j p'_j)]`, with p the softmax that w is cut from. Both are means
-over Gaussian logits of correlation ρ_ts.
+and in the same way for the gradient through the experts. Through the router it is `M_ts · E[E_e(n_t) E_e(n_s)] g_ts`
+at the logits, `M_ts = E[Σ_e w_e w'_e (1 − p_e − p'_e + Σ_j p_j p'_j)]`. Here w are the k largest entries of the
+softmax p. Both are means over Gaussian logits of correlation ρ_ts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from spannorm.scaling import DepthRule
 from spannorm.theory.body import Body, FeedForward
-from spannorm.theory.kernel import Array, Kernel, normalized, outer
+from spannorm.theory.covariance import Array, Covariance, normalized, outer
 
 _CORRELATIONS = np.array([-0.3, 0.0, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 0.99, 1.0])
 _VARIANCES = np.array([1e-6, 0.15, 0.4, 0.7, 1.0, 1.4, 2.0, 4.0])
 _LOGITS = 64_000
-"""Drawn for each point of the two grids: A to within about half a percent."""
+"""Logits drawn for each point of the two grids. The error of A is about half a percent."""
 
 
 @cache
@@ -48,7 +48,7 @@ def _overlaps(experts: int, k: int, norm_topk: bool) -> tuple[Array, Array]:
 
 
 def _weights(logits: Array, k: int, norm_topk: bool) -> tuple[Array, Array]:
-    """The weights of the chosen, zero elsewhere, and the softmax they are cut from, (samples, experts)."""
+    """The weights of the chosen experts, zero for the others, and the softmax, both (samples, experts)."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     chosen = logits >= np.partition(logits, -k, axis=1)[:, -k, None]
     if norm_topk:
@@ -57,8 +57,8 @@ def _weights(logits: Array, k: int, norm_topk: bool) -> tuple[Array, Array]:
     return p * chosen, p
 
 
-def _between(table: Array, variance: Array, correlation: Kernel) -> Kernel:
-    """A table's value for each pair, linear in both; of two variances the geometric mean."""
+def _between(table: Array, variance: Array, correlation: Covariance) -> Covariance:
+    """A table's value for each pair of tokens, by linear interpolation. The variance is the pair's geometric mean."""
     spread = outer(np.sqrt(variance))
     at = np.clip(np.interp(spread, _VARIANCES, np.arange(len(_VARIANCES))), 0, len(_VARIANCES) - 1 - 1e-9)
     by = np.clip(np.interp(correlation, _CORRELATIONS, np.arange(len(_CORRELATIONS))), 0, len(_CORRELATIONS) - 1 - 1e-9)
@@ -70,13 +70,13 @@ def _between(table: Array, variance: Array, correlation: Kernel) -> Kernel:
 
 @dataclass
 class Mixture:
-    """Top-k experts and a shared one, forward on kernels, then `backward`."""
+    """Top-k experts and a shared one: forward on covariances, then `backward`."""
 
     body: Body
     rule: DepthRule
     inner_norms: Mapping[str, str]
-    reads: Kernel
-    writes: Kernel = field(init=False)
+    reads: Covariance
+    writes: Covariance = field(init=False)
 
     def __post_init__(self) -> None:
         b, common = self.body, (self.body, self.rule, self.inner_norms, self.reads)
@@ -93,8 +93,8 @@ class Mixture:
         if self.shared:
             self.writes = self.writes + self.shared.writes
 
-    def backward(self, gradient: Kernel) -> Kernel:
-        """The kernel of the gradient at what was read, from that at what was written."""
+    def backward(self, gradient: Covariance) -> Covariance:
+        """The covariance of the gradient at what was read, from that at what was written."""
         experts = self.overlap * self.expert.backward(gradient)
         # at the logits the loss moves by g·E_e(n), a sum over channels
         logits = self.moved * self.expert.writes * gradient * self.body.hidden_size

@@ -1,4 +1,4 @@
-"""A whole stack: what the theory says of a placement, a depth rule and a depth."""
+"""A whole stack: what the theory predicts for a placement, a depth rule and a depth."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 from spannorm.placements import Stack
 from spannorm.scaling import Branch
 from spannorm.theory.body import Body
-from spannorm.theory.kernel import Array, Kernel, normalized
-from spannorm.theory.recursion import Kernels, Walk, cross
+from spannorm.theory.covariance import Array, Covariance, cross, normalized
+from spannorm.theory.recursion import Covariances, Walk
 
 EXACT = 256
-"""Blocks that are worked out one by one; deeper down, where little changes from block to block, a stretch of
-b/`STRETCH` blocks is worked out as two and continued as a geometric series."""
+"""Up to this depth every block is computed. In deeper stacks little changes from block to block: a stretch of
+b/`STRETCH` blocks is computed from two of them, and continued as a geometric series."""
 STRETCH = 14
 
 PATHS: Mapping[str, tuple[Branch, ...]] = {
     "total": (), "skip": ("attn", "ffn"), "without attention": ("attn",), "without ffn": ("ffn",),
 }  # fmt: skip
-"""The gradients that are followed down the stack, and the branches that each does not pass."""
+"""The gradients that are followed from output to input, and the branches through which each does not pass."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Prediction:
     depth_rule: str
     num_layers: int
     blocks: tuple[int, ...]
-    """The blocks that were worked out: all of them up to `EXACT`."""
+    """The blocks that were computed: all of them in a stack of at most `EXACT` blocks."""
     variance: Mapping[str, tuple[float, ...]]
-    """Mean square over tokens and channels at each site: what the norm of that name reads, and `output`, what leaves
-    the block. NaN where a block has no such norm."""
+    """Mean square over tokens and channels: of the input of each norm, by its name, and of the block's output
+    (`output`). NaN if a block has no such norm."""
     correlation: tuple[float, ...]
-    """Cosine between two tokens of a sequence in what leaves the block."""
+    """Cosine between two tokens of a sequence in the block's output."""
     attention_share: tuple[float, ...]
     """Share of the gradient's power at the block's input that passed through attention."""
     ffn_share: tuple[float, ...]
-    """The like share of the feed-forward."""
+    """The same share for the feed-forward."""
     log_gradient: tuple[float, ...]
-    """ln of the gradient's RMS at the block's input, over that at the stack's output. Of several streams it is the
-    gradient of a push on all at once."""
+    """ln of the gradient's RMS at the block's input, divided by that at the stack's output. With several streams: the
+    gradient with respect to a change that is added to all streams at once."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
@@ -55,7 +55,7 @@ class Prediction:
     total_attention_share: float
     """Share of the gradient's power at the embedding that passed through any attention."""
     total_ffn_share: float
-    """The like share of the feed-forwards."""
+    """The same share for the feed-forwards."""
 
 
 def predict(
@@ -86,11 +86,43 @@ def predict(
 def _predict(
     kind: type, placement: str, num_layers: int, depth_rule: str, body: Body, options: tuple[tuple[str, Any], ...]
 ) -> Prediction:
-    stack = Stack(placement, num_layers, depth_rule, dict(options), body.norm)
+    stretches = _forward(Stack(placement, num_layers, depth_rule, dict(options), body.norm), body)
+    gradient, shares, log_gain = _backward(stretches, body)
+    names = dict.fromkeys(name for block, _, _ in stretches for name in block.sites)
+    return Prediction(
+        placement=placement,
+        depth_rule=depth_rule,
+        num_layers=num_layers,
+        blocks=tuple(block.layer_idx for block, _, _ in stretches),
+        variance={name: tuple(block.sites.get(name, math.nan) for block, _, _ in stretches) for name in names},
+        correlation=tuple(_correlation(leaving, body) for _, _, leaving in stretches),
+        attention_share=tuple(attention for attention, _ in shares),
+        ffn_share=tuple(ffn for _, ffn in shares),
+        log_gradient=tuple(gradient),
+        log_skip_gain=log_gain["skip"],
+        log_total_gain=log_gain["total"],
+        total_attention_share=-math.expm1(2 * (log_gain["without attention"] - log_gain["total"])),
+        total_ffn_share=-math.expm1(2 * (log_gain["without ffn"] - log_gain["total"])),
+    )
+
+
+clear = _predict.cache_clear
+"""Forget every prediction made so far."""
+
+
+Stretch = tuple[Walk, int, Covariances]
+"""The first of some successive blocks, their number, and the covariances of the streams that leave the last of them."""
+
+
+def _forward(stack: Stack, body: Body) -> list[Stretch]:
+    """Follow the signal from the embedding to the stack's output, by stretches of blocks.
+
+    A stretch is computed at its first two blocks; from there the streams go on as a geometric series.
+    """
+    num_layers = stack.num_layers
     embedding = normalized(body.embedding())[0] if stack.embedding_norm else body.embedding()
     alternating = body.num_experts > 0 and body.decoder_sparse_step > 1  # no geometric series
-    # up: each stretch of blocks as its first one, and the streams as a geometric series from its first two
-    stretches: list[tuple[Walk, int, Kernels]] = []
+    stretches: list[Stretch] = []
     stops = sorted({1, num_layers - 1, num_layers, *stack.kinds})
     index, streams, since = 0, {(0, 0): embedding}, 0
     while index < num_layers:
@@ -106,57 +138,48 @@ def _predict(
         stretches.append((block, length, leaving))
         index, streams = index + length, leaving
         since = 0 if index == stop else since + length
+    return stretches
 
-    # down: the gradient's kernels alike, their scale kept apart as a logarithm
+
+def _backward(stretches: list[Stretch], body: Body) -> tuple[list[float], list[tuple[float, float]], dict[str, float]]:
+    """Follow the gradient from the stack's output to the embedding. Its scale is kept apart, as a logarithm.
+
+    Returns:
+        ln of the gradient at the input of each stretch, first to last; the shares of attention and of the feed-forward
+        there; ln of the gain from end to end by path.
+    """
     logs = dict.fromkeys(PATHS, 0.0)
     rates: dict[str, float] = {}
-    kernels: dict[str, Kernels] = {path: {(0, 0): body.coincidence()} for path in PATHS}
-    gradient, shares = [], []
+    covariances: dict[str, Covariances] = {path: {(0, 0): body.coincidence()} for path in PATHS}
+    gradient: list[float] = []
+    shares: list[tuple[float, float]] = []
     for block, length, _ in reversed(stretches):
-        arriving = kernels["total"]
+        arriving = covariances["total"]
         power = _meeting(block.backward(arriving), body)
-        shares.append([1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn")])
+        attention, ffn = (1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn"))
+        shares.append((attention, ffn))
         for path in PATHS:
-            logs[path] += _descend(block, kernels, path, length, rates, body)
-        gradient.append(logs["total"] + 0.5 * math.log(_meeting(kernels["total"], body)))
-    at_embedding = {path: logs[path] + 0.5 * math.log(_meeting(kernels[path], body)) for path in PATHS}
-
-    names = dict.fromkeys(name for block, _, _ in stretches for name in block.sites)
-    shares.reverse()
-    return Prediction(
-        placement=placement,
-        depth_rule=depth_rule,
-        num_layers=num_layers,
-        blocks=tuple(block.layer_idx for block, _, _ in stretches),
-        variance={name: tuple(block.sites.get(name, math.nan) for block, _, _ in stretches) for name in names},
-        correlation=tuple(_correlation(leaving, body) for _, _, leaving in stretches),
-        attention_share=tuple(attention for attention, _ in shares),
-        ffn_share=tuple(ffn for _, ffn in shares),
-        log_gradient=tuple(reversed(gradient)),
-        log_skip_gain=at_embedding["skip"],
-        log_total_gain=at_embedding["total"],
-        total_attention_share=-math.expm1(2 * (at_embedding["without attention"] - at_embedding["total"])),
-        total_ffn_share=-math.expm1(2 * (at_embedding["without ffn"] - at_embedding["total"])),
-    )
+            logs[path] += _descend(block, covariances, path, length, rates, body)
+        gradient.append(logs["total"] + 0.5 * math.log(_meeting(covariances["total"], body)))
+    log_gain = {path: logs[path] + 0.5 * math.log(_meeting(covariances[path], body)) for path in PATHS}
+    return gradient[::-1], shares[::-1], log_gain
 
 
-clear = _predict.cache_clear
-"""Forget every prediction made so far."""
+def _continued(first: Covariances, second: Covariances, third: Covariances, steps: int) -> Covariances:
+    """A sequence of covariances after `steps` steps, from its first three terms.
 
-
-def _continued(first: Kernels, second: Kernels, third: Kernels, steps: int) -> Kernels:
-    """Where a sequence of kernels stands after `steps` steps, continued from its first three as a geometric series:
-    the logarithm of the powers, and the correlations."""
+    The logarithms of the powers, and the correlations, continue as geometric series."""
     (powers, shapes) = zip(*(_split(k) for k in (first, second, third)), strict=True)
     power = {i: np.exp(k) for i, k in _series(powers, steps).items()}
     shape = _series(shapes, steps)
     return {(i, j): np.clip(k, -1, 1) * cross(power[i], power[j]) for (i, j), k in shape.items()}
 
 
-def _split(kernels: Kernels) -> tuple[dict[int, Array], Kernels]:
+def _split(covariances: Covariances) -> tuple[dict[int, Array], Covariances]:
     """Each stream's ln √power by position, and the correlations."""
-    std = {i: np.sqrt(np.maximum(k[0], 1e-300)) for (i, j), k in kernels.items() if i == j}
-    return {i: np.log(s) for i, s in std.items()}, {(i, j): k / cross(std[i], std[j]) for (i, j), k in kernels.items()}
+    std = {i: np.sqrt(np.maximum(k[0], 1e-300)) for (i, j), k in covariances.items() if i == j}
+    correlations = {(i, j): k / cross(std[i], std[j]) for (i, j), k in covariances.items()}
+    return {i: np.log(s) for i, s in std.items()}, correlations
 
 
 def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
@@ -173,13 +196,13 @@ def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
 
 
 def _descend(
-    block: Walk, kernels: dict[str, Kernels], path: str, length: int, rates: dict[str, float], body: Body
+    block: Walk, covariances: dict[str, Covariances], path: str, length: int, rates: dict[str, float], body: Body
 ) -> float:
-    """Bring a path's gradient `length` blocks further down; the logarithm of what it gains.
+    """Move a path's gradient `length` blocks towards the input. Returns the logarithm of its gain.
 
-    In a long stretch the gain per block runs evenly from this block's to that of the block above the stretch.
+    In a long stretch the gain per block changes linearly, from this block's to that of the block above the stretch.
     """
-    start = kernels[path]
+    start = covariances[path]
     gains, below = [], [start]
     for _ in range(min(length, 2)):
         gain, scaled = _scaled(block.backward(below[-1], PATHS[path]), body)
@@ -188,28 +211,28 @@ def _descend(
     rate_above = rates.get(path, gains[-1])
     rates[path] = gains[-1]
     if length <= 2:
-        kernels[path] = below[-1]
+        covariances[path] = below[-1]
         return sum(gains)
-    kernels[path] = _scaled(_continued(start, below[1], below[2], length), body)[1]
+    covariances[path] = _scaled(_continued(start, below[1], below[2], length), body)[1]
     return length * (gains[-1] + rate_above) / 2
 
 
-def _scaled(kernels: Kernels, body: Body) -> tuple[float, Kernels]:
-    power = _power(kernels, body)
-    return 0.5 * math.log(power), {pair: k / power for pair, k in kernels.items()}
+def _scaled(covariances: Covariances, body: Body) -> tuple[float, Covariances]:
+    power = _power(covariances, body)
+    return 0.5 * math.log(power), {pair: k / power for pair, k in covariances.items()}
 
 
-def _power(kernels: Kernels, body: Body) -> float:
+def _power(covariances: Covariances, body: Body) -> float:
     """Mean square over tokens, of all streams together."""
-    return sum(body.positions.mean(k[0]) for (i, j), k in kernels.items() if i == j)
+    return sum(body.positions.mean(k[0]) for (i, j), k in covariances.items() if i == j)
 
 
-def _meeting(kernels: Kernels, body: Body) -> float:
-    """Power of the gradient of a push on all streams at once, as the embedding gives it."""
-    return body.positions.mean(sum(kernels.values(), np.zeros(1))[0])
+def _meeting(covariances: Covariances, body: Body) -> float:
+    """Power of the gradient with respect to a change that is added to all streams at once, as the embedding's is."""
+    return body.positions.mean(sum(covariances.values(), np.zeros(1))[0])
 
 
-def _correlation(streams: Kernels, body: Body) -> float:
-    total: Kernel = sum(streams.values(), np.zeros(1))
+def _correlation(streams: Covariances, body: Body) -> float:
+    total: Covariance = sum(streams.values(), np.zeros(1))
     weight = body.positions.weight
     return float(weight @ normalized(total)[0][1:] @ weight)

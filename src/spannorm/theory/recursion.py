@@ -1,7 +1,7 @@
 """One block of the mean-field recursion: fields run through the placement's own equation, gradients run back.
 
-A norm divides by the std by position, and the branches' outputs are new leaves. So any covariance, and any gradient,
-follows from the leaves' (field.py).
+A norm divides by the std at each position. The branches' outputs are new leaves. So every covariance, and every
+gradient, follows from those of the leaves (field.py).
 """
 
 from __future__ import annotations
@@ -17,20 +17,15 @@ from spannorm.norms import DyT, Norm, scaled_add
 from spannorm.placements import Placement, Stack
 from spannorm.scaling import Branch
 from spannorm.theory.body import Attention, Body, FeedForward, Squash
+from spannorm.theory.covariance import Array, Covariance, cross
 from spannorm.theory.field import Field, NoRule
-from spannorm.theory.kernel import Array, Kernel
 from spannorm.theory.mixture import Mixture
 
-Kernels = dict[tuple[int, int], Kernel]
-"""Covariance of each pair of leaves, streams or gradients; an absent pair is uncorrelated."""
+Covariances = dict[tuple[int, int], Covariance]
+"""Covariance of each pair of leaves, streams or gradients. A pair that is missing is uncorrelated."""
 Sublayer = Attention | FeedForward | Mixture | Squash
 Coefficients = dict[int, Array]
-"""Of one field: leaf → its coefficient by position."""
-
-
-def cross(a: Array, b: Array) -> Kernel:
-    """`a_t b_s` in a kernel's shape."""
-    return np.concatenate([(a * b)[None], np.outer(a, b)])
+"""One field: leaf → its coefficient by position."""
 
 
 class _Norm(Norm):
@@ -46,7 +41,7 @@ class _Norm(Norm):
 
 
 class _Squash(_Norm):
-    """DyT on fields: what it writes is a new leaf. A field that only a sublayer reads is known by its kernel."""
+    """DyT on fields: its output is a new leaf. This is possible because only a sublayer reads it."""
 
     def add_norm(self, x: Any, f: Any, *, return_sum: bool, **scales: Any) -> Any:
         total = x if f is None else scaled_add(x, f, **scales)
@@ -57,26 +52,26 @@ class _Squash(_Norm):
 
 
 class Walk:
-    """One block, walked through forward; then `backward`.
+    """One block: the constructor follows the signal forward, `backward` follows a gradient back.
 
     Args:
-        streams: kernels of the entering streams, leaves 0, 1, …
+        streams: covariances of the entering streams, leaves 0, 1, …
 
     Raises:
         NoRule: an operation of the placement that a field cannot go through.
     """
 
-    def __init__(self, body: Body, stack: Stack, layer_idx: int, streams: Kernels) -> None:
+    def __init__(self, body: Body, stack: Stack, layer_idx: int, streams: Covariances) -> None:
         self.body, self.layer_idx, self.streams, self.leaves = body, layer_idx, streams, dict(streams)
         self.first_branch = 1 + max(i for i, _ in streams)
         self.sites: dict[str, float] = {}
-        """Variance, mean over tokens, of what each norm reads, and `output` of what leaves a block as one stream."""
+        """Mean variance over tokens of each norm's input, and of the block's output (`output`) if it is one stream."""
         self.branches: list[tuple[str, Sublayer, Coefficients]] = []
-        """Where leaves come from, in order: attn, ffn, or a norm that squashes; and the gradient of what it reads."""
+        """The origin of each new leaf, in order: attn, ffn, or a DyT norm; and its input's gradient coefficients."""
         if body.norm == "dyt" and body.qk_norm:
             raise NoRule("the theory has no rule for DyT on queries and keys")
         with torch.device("cpu"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rules that the authors of a placement discourage
+            warnings.simplefilter("ignore")  # about rules that the authors of a placement discourage
             self.placement: Placement = stack.block(layer_idx, hidden_size=1)
         self.placement.double()
         for name in self.placement.norms():
@@ -85,7 +80,7 @@ class Walk:
         self.placement.unit = self._unit  # type: ignore[method-assign]
         with torch.no_grad():
             enters = [self._leaf(i) for i in range(self.first_branch)]
-            opened = layer_idx > 0 and self.placement.enter(enters[0]).ndim == 4  # block 0 opens the streams itself
+            opened = layer_idx > 0 and self.placement.enter(enters[0]).ndim == 4  # block 0 creates the streams itself
             x = torch.stack(enters, dim=-2) if opened else enters[0]
             try:
                 left: Any = self.placement(x, lambda n: self._branch("attn", n), lambda n: self._branch("ffn", n))
@@ -104,8 +99,8 @@ class Walk:
         coefficients[:, index] = 1.0
         return coefficients.flatten(0, 1).as_subclass(Field)
 
-    def covariance(self, a: Coefficients, b: Coefficients) -> Kernel:
-        """Of two fields."""
+    def covariance(self, a: Coefficients, b: Coefficients) -> Covariance:
+        """The covariance of two fields."""
         total = np.zeros((self.body.positions.size + 1, self.body.positions.size))
         for i, ci in a.items():
             for j, cj in b.items():
@@ -114,7 +109,7 @@ class Walk:
         return total
 
     def normalized(self, name: str, x: Any) -> Any:
-        """A field, or each of several streams, divided by its std; the variance is noted under the norm's name."""
+        """A field, or each of several streams, divided by its std. The variance is recorded under the norm's name."""
         streams = x.unbind(-2) if x.ndim == 4 else (x,)
         variances = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
         self.sites[name] = float(np.mean([self.body.positions.mean(v) for v in variances]))
@@ -122,11 +117,11 @@ class Walk:
         return torch.stack(normed, dim=-2) if x.ndim == 4 else normed[0]
 
     def squashed(self, name: str, x: Any, norm: Any) -> Any:
-        """A field through DyT; the variance of what it reads is noted under the norm's name."""
+        """A field through DyT. The variance of its input is recorded under the norm's name."""
         value, slope = _parts(x)
-        kernel = self.covariance(value, value)
-        self.sites[name] = self.body.positions.mean(kernel[0])
-        return self._opened(name, Squash(norm, kernel), slope)
+        covariance = self.covariance(value, value)
+        self.sites[name] = self.body.positions.mean(covariance[0])
+        return self._opened(name, Squash(norm, covariance), slope)
 
     def _opened(self, kind: str, source: Sublayer, slope: Coefficients) -> Any:
         """A new leaf."""
@@ -136,7 +131,7 @@ class Walk:
         return self._leaf(leaf)
 
     def _unit(self, x: Any, dims: int = 1) -> Any:
-        """Each of several streams divided by its RMS, or by that of all (`dims` = 2)."""
+        """Each of several streams divided by its RMS, or by the RMS of all streams (`dims` = 2)."""
         streams = x.unbind(-2)
         powers = [self.covariance(v, v)[0] for v in (_parts(f)[0] for f in streams)]
         powers = powers if dims == 1 else [np.mean(powers, axis=0)] * len(powers)
@@ -160,17 +155,17 @@ class Walk:
             sublayer = FeedForward(*common, self.body.intermediate_size)
         return self._opened(kind, sublayer, slope)
 
-    def backward(self, gradients: Kernels, without: tuple[Branch, ...] = ()) -> Kernels:
-        """Kernels of the gradient at the entering streams, from those at the leaving ones.
+    def backward(self, gradients: Covariances, without: tuple[Branch, ...] = ()) -> Covariances:
+        """Covariances of the gradient at the entering streams, from those at the leaving ones.
 
         Args:
-            without: branches whose output is detached: no gradient passes them.
+            without: branches whose output is detached, so that no gradient passes through them.
         """
-        arriving: list[tuple[Coefficients, Coefficients, Kernel]] = [
+        arriving: list[tuple[Coefficients, Coefficients, Covariance]] = [
             (self.outputs[i], self.outputs[j], g) for (i, j), g in gradients.items()
         ]
 
-        def at(i: int, j: int) -> Kernel | None:
+        def at(i: int, j: int) -> Covariance | None:
             parts = [cross(a[i], b[j]) * g for a, b, g in arriving if i in a and j in b]
             return np.sum(parts, axis=0) if parts else None
 
@@ -180,8 +175,8 @@ class Walk:
             g = at(leaf, leaf)
             if g is not None and kind not in without:
                 arriving.append((n, n, sublayer.backward(g)))
-        found = {(i, j): at(i, j) for i, j in self.streams}
-        return {pair: k for pair, k in found.items() if k is not None}
+        entering = {(i, j): at(i, j) for i, j in self.streams}
+        return {pair: k for pair, k in entering.items() if k is not None}
 
 
 def _parts(f: Any) -> list[Coefficients]:

@@ -1,4 +1,4 @@
-"""What a prediction means, in words that follow from its numbers."""
+"""What a prediction means, in words computed from its numbers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from spannorm.theory.body import Body
 from spannorm.theory.predict import Prediction, predict
 
 FACTOR = 2.0
-"""A stack keeps its gradient when input and output differ by no more."""
+"""A stack keeps its gradient if the gradients at input and output differ by at most this factor."""
 
 Kind = Literal["keeps", "grows", "shrinks", "explodes", "decays"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a stack's gradient gets from its output to its input at initialization."""
+    """How a stack's gradient changes from its output to its input at initialization."""
 
     kind: Kind
-    """`keeps`: within a factor 2 end to end. `grows`, `shrinks`: beyond it, slower than exponentially in depth.
-    `explodes`, `decays`: exponentially."""
+    """`keeps`: at most a factor 2 from end to end. `grows`, `shrinks`: more than that, and slower than exponentially in
+    depth. `explodes`, `decays`: exponentially."""
     from_depth: int | None
-    """The least depth at which the placement under this rule leaves the factor 2; None if this one keeps it."""
+    """The least depth at which the placement under this rule exceeds the factor 2; None if this stack keeps it."""
     words: str
 
 
 def verdict(p: Prediction, body: Body | None = None, **options: Any) -> Verdict:
-    """Judge a prediction; `body` and `options` are those it was made with.
+    """Judge a prediction. `body` and `options` must be those of the prediction.
 
-    Exponential means: twice the depth has at least 1.6 times the logarithm.
+    Exponential means: at twice the depth, the logarithm is at least 1.6 times as large.
     """
     gain = p.log_total_gain
     if abs(gain) <= math.log(FACTOR):
@@ -42,12 +42,12 @@ def verdict(p: Prediction, body: Body | None = None, **options: Any) -> Verdict:
 
     fast = p.num_layers >= 4 and abs(gain) >= 1.6 * abs(log_gain(p.num_layers // 2))
     kind: Kind = ("explodes" if fast else "grows") if gain > 0 else ("decays" if fast else "shrinks")
-    held, left = 0, p.num_layers
-    while left - held > 1:
-        middle = (held + left) // 2
-        held, left = (held, middle) if abs(log_gain(middle)) > math.log(FACTOR) else (middle, left)
-    words = f"the gradient {kind} {times(gain)}, beyond a factor {FACTOR:g} from {left} blocks on{_skip(p)}"
-    return Verdict(kind, left, words)
+    keeps, exceeds = 0, p.num_layers  # depths
+    while exceeds - keeps > 1:
+        middle = (keeps + exceeds) // 2
+        keeps, exceeds = (keeps, middle) if abs(log_gain(middle)) > math.log(FACTOR) else (middle, exceeds)
+    words = f"the gradient {kind} {times(gain)}, beyond a factor {FACTOR:g} from {exceeds} blocks on{_skip(p)}"
+    return Verdict(kind, exceeds, words)
 
 
 def _skip(p: Prediction) -> str:
@@ -57,8 +57,9 @@ def _skip(p: Prediction) -> str:
 
 
 def advised_rule(placement: str, num_layers: int, body: Body | None = None, **options: Any) -> str | None:
-    """Of the placement's own rule, none, 1/√(2L), 1/√L and 1/L: the one that keeps the gradient within a factor 2 and
-    lets the branches carry most of it. None if no rule keeps it."""
+    """The depth rule that keeps the gradient within a factor 2 and lets the branches carry the largest share of it.
+
+    Candidates: the placement's own rule, none, 1/√L, 1/√(2L) and 1/L. None if no candidate keeps the gradient."""
     own = PLACEMENTS[placement].default_depth_rule
     best: tuple[float, str] | None = None
     for rule in dict.fromkeys((own, "none", "1/sqrt(L)", "1/sqrt(2L)", "1/L")):

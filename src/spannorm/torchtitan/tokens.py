@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import IGNORE_INDEX
 
 from spannorm.errors import InputError
+from spannorm.files import read_json
 
 
 class Sequences(IterableDataset[Any]):
@@ -25,11 +25,10 @@ class Sequences(IterableDataset[Any]):
     """
 
     def __init__(self, folder: Path, length: int, seed: int, batch: int, rank: int, count: int) -> None:
-        try:
-            about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"no tokens in {folder}: make them with `spannorm data RECIPE --out {folder}`.") from None
-        self.tokens = np.memmap(folder / "train.bin", dtype=about["dtype"], mode="r")
+        description = folder / "data.json"
+        if not description.exists():
+            raise InputError(f"no tokens in {folder}: make them with `spannorm data RECIPE --out {folder}`.")
+        self.tokens = np.memmap(folder / "train.bin", read_json(description, {"dtype": str})["dtype"], mode="r")
         self.length, self.seed, self.batch, self.rank, self.count = length, seed, batch, rank, count
         self.windows = len(self.tokens) // length
         self.seen = 0  # sequences of this process

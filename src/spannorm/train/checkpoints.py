@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.models import SpanNormConfig
-from spannorm.models.modeling import RENAMED
+from spannorm.models.checkpoint import RENAMED
 from spannorm.train.processes import is_first, wait_for_all
 
 logger = logging.getLogger("spannorm")

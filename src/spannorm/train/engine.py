@@ -93,7 +93,7 @@ class Engine(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ class Engine(Trainer):
         """The model's state dict."""
         return dict(self.accelerator.unwrap_model(self.model).state_dict())
 
-    def mean_loss(self, sequences: Dataset, name: str) -> float:
+    def mean_loss(self, sequences: Dataset[Any], name: str) -> float:
         """Mean loss over sequences of equal length, nats per token."""
         return float(self.evaluate(sequences, metric_key_prefix=name)[f"{name}_loss"])
 

@@ -13,11 +13,19 @@ from typing import Any
 
 import torch
 
+import spannorm
+
+RUNS_SINCE = "0.1.0"
+"""The first version of spannorm whose runs end as this version's do: the same recipe and tokens give the same result.
+Raise it to the coming version when a change moves the outcome of a run: then finished runs of older versions are not
+taken over (spannorm.lab.handover)."""
+
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what it computes with."""
-    packages = ["spannorm", "torch", "transformers", "accelerate", "tokenizers", "numpy"]
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ["torch", "transformers", "accelerate", "tokenizers", "numpy"]
+    ours = {"python": platform.python_version(), "spannorm": spannorm.__version__}
+    return ours | {name: version(name) for name in packages}
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from spannorm.files import finite
+from spannorm.values import finite
 
 Reason = Literal["non-finite", "unigram", "spike"]
 

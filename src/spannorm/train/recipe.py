@@ -223,7 +223,8 @@ def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
     """Build a recipe from a plain mapping, checking every key, kind and range."""
     recipe: Recipe = _build(Recipe, raw, "recipe")
     recipe = replace(recipe, model=_model(recipe.model))
-    _check_ranges(recipe)
+    _check_name(recipe.name)
+    _check_combinations(recipe.train)
     return recipe
 
 
@@ -273,8 +274,7 @@ def _model(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: checked_key(key, value, "model.{}") for key, value in given.items()}
 
 
-def _check_ranges(recipe: Recipe) -> None:
-    t, name = recipe.train, recipe.name
+def _check_name(name: str) -> None:
     if name in ("", ".", "..") or Path(name).name != name:  # a folder below runs/, and nowhere else
         raise InputError(f"name must be a plain folder name, neither a path nor '..'; got {shown(name)}.")
     if not name.isprintable() or len(name.encode()) > _LONGEST_NAME or name != name.strip() or name[0] == "-":
@@ -282,6 +282,10 @@ def _check_ranges(recipe: Recipe) -> None:
             f"name must be a folder name of at most {_LONGEST_NAME} bytes of printable characters, without a space at "
             f"an end and without a '-' in front; got {shown(name)}."
         )
+
+
+def _check_combinations(t: TrainRecipe) -> None:
+    """Settings that are valid alone and not together."""
     if t.warmup_steps >= t.steps:
         raise InputError(
             f"train.warmup_steps ({t.warmup_steps}) must be below train.steps ({t.steps}): try {t.steps // 10}."

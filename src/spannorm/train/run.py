@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from spannorm import folders, kernels
 from spannorm.errors import InputError, Stopped
-from spannorm.files import alone_in, finite, make_folder, read_json, read_jsonl, write_json, writing_to
+from spannorm.files import alone_in, make_folder, read_json, read_jsonl, write_json, writing_to
 from spannorm.folders import claim, sweep
 from spannorm.model_keys import check_sizes_given
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM
@@ -48,6 +48,7 @@ from spannorm.train.rollback import ROLLBACK, ROLLBACKS, SpikeGuard
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 from spannorm.train.sharding import ShardedEngine, sharded_model
 from spannorm.train.summary import describe, summarize
+from spannorm.values import finite
 
 RUN, RESULT = "run.json", "result.json"
 RESULT_SHAPE = {

@@ -14,7 +14,7 @@ from spannorm.models import SpanNormForCausalLM
 from spannorm.routing import RoutingRecord
 from spannorm.train.data import TokenData
 from spannorm.train.engine import uses_bf16
-from spannorm.train.environment import machine, matrix_rate, versions
+from spannorm.train.environment import RUNS_SINCE, machine, matrix_rate, versions
 from spannorm.train.health import failure, spike_steps
 from spannorm.train.processes import count
 from spannorm.train.ramp import tolerated
@@ -29,6 +29,7 @@ def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenDa
         "recipe": recipe,
         "model_config": model.config.to_dict(),
         "versions": versions(),
+        "runs_since": RUNS_SINCE,
         "machine": {**machine(), "threads": torch.get_num_threads()},
         "data": {
             "sha256": tokens.sha256,

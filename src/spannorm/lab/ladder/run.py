@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
 from spannorm.lab.cost import config_without_tokens
+from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
-from spannorm.lab.plan import Done, Job
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe
@@ -32,9 +32,9 @@ def sealed(plan: LadderPlan, out: Path) -> Callable[[Done], list[Job]]:
         path = out / PREDICTION
         if not path.is_file():
             results = {name: read_json(out / "jobs" / name / RESULT, dict) for name in done}
-            if (said := prediction(plan, results, done)) is None:
+            if (forecast := prediction(plan, results, done)) is None:
                 return plan.jobs(done, sealed=False)
-            write_json(path, said)
+            write_json(path, forecast)
         return plan.jobs(done)
 
     return jobs
@@ -51,6 +51,8 @@ class Forecast:
     """What a ladder will take, before it starts."""
 
     lines: list[str]
+    rungs: list[dict[str, Any]]
+    """Sizes of each, with its `runs` and `hours`."""
     runs: int
     compute: float
     """Operations, 6·N·D over all runs."""
@@ -69,9 +71,11 @@ def forecast(recipe: Recipe) -> Forecast:
     counts = _counts(plan)
     lines = [f"{'rung':36} {'blocks × width':>15} {'heads':>5} {'ffn':>5} {'batch':>5} {'steps':>7} {'tokens':>8} "
              f"{'operations':>10} {'runs':>4} {'hours':>6}"]  # fmt: skip
+    rungs: list[dict[str, Any]] = []
     runs, compute, hours = 0, 0.0, 0.0
     for i, rung in enumerate(plan.rungs):
-        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan._job(plan.entrants[i][0], 1e-3, 0)) / 3600
+        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.entrants[i][0], 1e-3, 0)) / 3600
+        rungs.append({**asdict(rung), "runs": counts[i], "hours": own})
         runs, compute, hours = runs + counts[i], compute + counts[i] * rung.compute, hours + own
         lines.append(
             f"{rung.kind + ': ' + rung.name:36} {f'{rung.blocks} × {rung.width}':>15} {rung.heads:>5} {rung.ffn:>5} "
@@ -83,7 +87,7 @@ def forecast(recipe: Recipe) -> Forecast:
         f"{short(tokens)} tokens; checkpoints take {short(16 * plan.rungs[plan.sizes - 1].parameters)}B or more at once"
     )
     lines.append("the grid grows where a best rate lies on its edge, which makes more runs of the smallest sizes")
-    return Forecast(lines, runs, compute, hours)
+    return Forecast(lines, rungs, runs, compute, hours)
 
 
 def _counts(plan: LadderPlan) -> list[int]:

@@ -80,14 +80,14 @@ def shape(parameters: float, aspect: float, head_size: int, blocks: int = 0) -> 
     weighing four times as much). Where `blocks` is given, of all multiples of an eighth of a head the one whose
     parameters are nearest.
     """
-    found: list[tuple[float, int, int]] = []
+    shapes: list[tuple[float, int, int]] = []
     step = max(2, 2 * (head_size // (16 if blocks else 4)))
     for width in range(step, step * (2 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / step)), step):
         own = block_parameters(width, ffn_size(width))
         depth = blocks or max(1, round(parameters / own))
         off = abs(math.log(depth * own / parameters))
-        found.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
-    _, depth, width = min(found)
+        shapes.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
+    _, depth, width = min(shapes)
     return depth, width
 
 
@@ -117,7 +117,7 @@ def rungs(recipe: Recipe) -> list[Rung]:
     wanted = [("size", size, ladder.tokens_per_parameter, 0) for size in sizes]
     wanted += [("tokens", side, ratio, 0) for ratio in ladder.token_ratios]
     wanted += [("depth", side, ladder.tokens_per_parameter, depth) for depth in ladder.depths]
-    found: list[Rung] = []
+    rungs: list[Rung] = []
     first = 0.0
     for kind, size, ratio, depth in wanted:
         blocks, width = shape(size, ladder.aspect, ladder.head_size, depth)
@@ -129,11 +129,11 @@ def rungs(recipe: Recipe) -> list[Rung]:
         warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
         heads = heads_of(width, ladder.head_size)
         rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
-        twin = next((r for r in found if r.overrides == rung.overrides), None)
+        twin = next((r for r in rungs if r.overrides == rung.overrides), None)
         if twin is not None and kind == "size":
             raise InputError(
                 f"ladder.sizes {short(size)} comes to the same model as the one before it, {twin.name}: choose sizes "
                 "further apart, or a smaller ladder.head_size."
             )
-        found += [] if twin is not None else [rung]
-    return found
+        rungs += [] if twin is not None else [rung]
+    return rungs
