@@ -48,6 +48,8 @@ class Prediction:
     log_gradient: tuple[float, ...]
     """ln of the gradient's RMS at the block's input, over that at the stack's output. Of several streams it is the
     gradient of a push on all at once."""
+    log_skip: tuple[float, ...]
+    """The same logarithm with both branches' outputs detached: what the skip path alone carries."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
@@ -111,15 +113,20 @@ def _predict(
     logs = dict.fromkeys(PATHS, 0.0)
     rates: dict[str, float] = {}
     kernels: dict[str, Kernels] = {path: {(0, 0): body.coincidence()} for path in PATHS}
-    gradient, shares = [], []
+    gradient, skip, shares = [], [], []
+
+    def at_input(path: str) -> float:
+        return logs[path] + 0.5 * math.log(_meeting(kernels[path], body))
+
     for block, length, _ in reversed(stretches):
         arriving = kernels["total"]
         power = _meeting(block.backward(arriving), body)
         shares.append([1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn")])
         for path in PATHS:
             logs[path] += _descend(block, kernels, path, length, rates, body)
-        gradient.append(logs["total"] + 0.5 * math.log(_meeting(kernels["total"], body)))
-    at_embedding = {path: logs[path] + 0.5 * math.log(_meeting(kernels[path], body)) for path in PATHS}
+        gradient.append(at_input("total"))
+        skip.append(at_input("skip"))
+    at_embedding = {path: at_input(path) for path in PATHS}
 
     names = dict.fromkeys(name for block, _, _ in stretches for name in block.sites)
     shares.reverse()
@@ -133,6 +140,7 @@ def _predict(
         attention_share=tuple(attention for attention, _ in shares),
         ffn_share=tuple(ffn for _, ffn in shares),
         log_gradient=tuple(reversed(gradient)),
+        log_skip=tuple(reversed(skip)),
         log_skip_gain=at_embedding["skip"],
         log_total_gain=at_embedding["total"],
         total_attention_share=-math.expm1(2 * (at_embedding["without attention"] - at_embedding["total"])),

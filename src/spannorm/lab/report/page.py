@@ -30,6 +30,8 @@ from spannorm.lab.report.figures.layers import draw_layers, draw_ramps
 from spannorm.lab.report.figures.panels import STYLE
 from spannorm.lab.report.figures.routing import draw_routing
 from spannorm.lab.report.figures.training import MAX_ARMS, Drawing, draw, draw_rates
+from spannorm.lab.report.interactive import Name, legend, with_charts
+from spannorm.lab.report.library import INSTALL, library, own_scripts, packed_json
 from spannorm.lab.report.rows import Row, arms_and_rows, strip
 from spannorm.lab.report.sheets import HEADER, sheet
 from spannorm.lab.report.words import about, behind, count, number
@@ -59,6 +61,7 @@ class Section:
     ablation: Ablation | None
     answers: Answers | None
     figures: Figures
+    legend: list[Name]
     left_out: int
     """Arms beyond what a figure can hold."""
 
@@ -121,6 +124,10 @@ def draw_report(directory: Path) -> Path:
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
         unigram=next(iter(values_of(jobs, "unigram_loss")), None),
         criteria=CRITERIA,
+        library=library(),
+        charts=any(drawing.chart for section in sections for drawing, _ in section.figures),
+        own_scripts=own_scripts("live.js", "report.js"),
+        install=INSTALL,
     )  # fmt: skip
     with writing_to(directory):
         write_text(page_file, page)
@@ -150,7 +157,7 @@ def _environment() -> Environment:
         loader=PackageLoader("spannorm.lab.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=number, count=count, condition=condition)
+    environment.filters.update(number=number, count=count, condition=condition, packed=packed_json)
     return environment
 
 
@@ -173,7 +180,8 @@ def _verdict(results: Mapping[str, Any], ramps: Sequence[Tolerance], races: Sequ
 def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Drawing]:
     """The figures by step and by layer."""
     drawings = [*draw(arms, unigram), *draw_layers(arms), *draw_routing(arms)]
-    return [drawing for drawing in drawings if not (ramp and drawing.name == "loss")]
+    drawings = [drawing for drawing in drawings if not (ramp and drawing.name == "loss")]
+    return with_charts(drawings, arms, unigram) if library() else drawings
 
 
 def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) -> Section:
@@ -185,6 +193,7 @@ def _section(name: str, arms: Sequence[Arm], rows: list[Row], figures: Figures) 
         ablation=ablation(arms) if rows else None,
         answers=answers(arms) if rows else None,
         figures=figures,
+        legend=legend(arms) if figures else [],
         left_out=max(0, len(arms) - MAX_ARMS),
     )
 

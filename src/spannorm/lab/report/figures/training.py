@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -42,6 +43,8 @@ class Drawing:
     title: str
     caption: str
     figure: Figure
+    chart: dict[str, Any] | None = None
+    """The numbers behind it, where a reader can ask for them; see `spannorm.lab.report.interactive`."""
 
 
 def draw(arms: Sequence[Arm], unigram_loss: float | None) -> list[Drawing]:
