@@ -55,14 +55,17 @@ def chart(page: Any, title: str) -> Any:
 
 def window(figure: Any) -> tuple[float, float]:
     """What a chart shows of its horizontal axis, read from its own range."""
-    start, end = figure.locator(".live").evaluate(
-        "host => [host.chart.figure.x_range.start, host.chart.figure.x_range.end]"
-    )
-    return float(start), float(end)
+    range_ = figure.locator(".live").evaluate("({ chart }) => [chart.figure.x_range.start, chart.figure.x_range.end]")
+    return float(range_[0]), float(range_[1])
+
+
+def picture(figure: Any) -> list[str]:
+    """What a chart's canvases show."""
+    return [canvas.evaluate("canvas => canvas.toDataURL()") for canvas in figure.locator(".plot canvas").all()]
 
 
 def answer(page: Any, figure: Any, across: float = 0.5) -> list[str]:
-    """The answer to the pointer, line by line: it goes down the chart, at a share of its width, until a curve answers."""
+    """The lines that answer to the pointer, which goes down the chart at a share of its width until they do."""
     figure.locator(".live .plot").evaluate("plot => plot.scrollIntoView({ block: 'center' })")
     box = figure.locator(".live .plot").bounding_box()
     tip = figure.locator(".tip")
