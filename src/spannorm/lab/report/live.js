@@ -2,6 +2,8 @@
 // Draws a page's numbers with Bokeh. Whatever text comes from a file is set as text, never as HTML.
 const live = (() => {
   const REACH = 48; // pixels from the pointer within which a line answers
+  const MANY = 100; // lines beyond which those of single seeds wait while a chart moves
+  const REST = 400; // milliseconds after which a chart has stopped moving
 
   async function unpacked(element) {
     const bytes = Uint8Array.from(atob(element.textContent.trim()), (c) => c.charCodeAt(0));
@@ -121,6 +123,7 @@ const live = (() => {
       figure.on_event("tap", (event) => this.answer(event));
       figure.on_event("mouseleave", () => this.leave());
       figure.x_range.change.connect(() => this.moved());
+      for (const range of [figure.x_range, figure.y_range]) range.change.connect(() => this.lighten());
       this.view?.remove();
       this.place.replaceChildren();
       this.figure = figure;
@@ -139,7 +142,7 @@ const live = (() => {
         if (lines.length)
           made.push(figure.multi_line(
             { field: "xs" }, { field: "ys" },
-            { source: new Bokeh.ColumnDataSource({ data: { xs: lines.map((l) => l.x), ys: lines.map((l) => l.y) } }),
+            { name: faint ? "faint" : "main", source: new Bokeh.ColumnDataSource({ data: { xs: lines.map((l) => l.x), ys: lines.map((l) => l.y) } }),
               line_color: look.color, line_dash: { value: look.dash }, line_alpha: faint ? 0.35 : 1, line_width: faint ? 1 : 1.8 }));
       }
       const points = (list, marker, size) => {
@@ -157,9 +160,20 @@ const live = (() => {
     // Hides and shows arms as the legend says.
     show() {
       this.renderers?.forEach((made, arm) => {
-        for (const renderer of made) if (renderer.visible === this.hidden.has(arm)) renderer.visible = !this.hidden.has(arm);
+        for (const renderer of made) {
+          const visible = !this.hidden.has(arm) && !(this.moving && renderer.name === "faint");
+          if (renderer.visible !== visible) renderer.visible = visible;
+        }
       });
       this.leave();
+    }
+
+    // While a chart of hundreds of lines moves, it draws the means alone.
+    lighten() {
+      if (this.spec.lines.length <= MANY || !this.spec.lines.some((line) => line.faint)) return;
+      clearTimeout(this.settling);
+      this.settling = setTimeout(() => { this.moving = false; this.show(); }, REST);
+      if (!this.moving) { this.moving = true; this.show(); }
     }
 
     moved() {
