@@ -14,7 +14,7 @@ from typing import Any
 import spannorm
 
 _SCRIPT = re.compile(r"<script([^>]*)>(.*?)</script>", re.DOTALL)
-_FOLDER = Path(spannorm.__file__).parent / "lab" / "report"
+_FOLDER = Path(spannorm.__file__).parent / "lab"
 WORDS = re.compile(
     r"step( \d+)?|layer|block|last probe|training loss|final validation loss|gradient norm|RMS of ∂loss/∂x|RMS of x"
     r"|#[0-9a-f]{6}"
@@ -39,14 +39,16 @@ def texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [text for item in inner for text in texts(item)]
 
 
-def without_our_scripts(page: str, own: tuple[str, ...] = ("live.js", "report.js")) -> str:
+def without_our_scripts(
+    page: str, own: tuple[str, ...] = ("report/live.js", "report/report.js"), words: re.Pattern[str] = WORDS
+) -> str:
     """The page with its scripts taken out, each of which must be one that we put there."""
     ours = "\n".join((_FOLDER / name).read_text() for name in own).strip()
 
     def checked(found: re.Match[str]) -> str:
         attributes, content = found.groups()
         if attributes == ' type="text/plain" class="numbers"':
-            assert all(WORDS.fullmatch(text) for text in texts(json.loads(unpacked(content))))
+            assert all(words.fullmatch(text) for text in texts(json.loads(unpacked(content))))
         elif attributes == ' type="text/plain" id="library"':
             assert unpacked(content) == bokeh()
         else:

@@ -428,6 +428,9 @@ def image(path: Path | None) -> Path | None:
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw them: .png or .svg.", callback=image)
 ]
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write them as one page to explore, without a network.")
+]
 Sizes = Annotated[
     Path | None,
     typer.Argument(metavar="[RECIPE]", help="Sizes, text and training; default a model of width 64."),
@@ -442,6 +445,7 @@ def theory(
     depths: Depths = "8,32,128",
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    html: HtmlFile = None,
     overrides: Overrides = None,
     imports: Imports = None,
 ) -> None:
@@ -454,6 +458,10 @@ def theory(
     chosen = cases(sized, listed(placements), listed(depth_rules), numbers("--depths", depths))
     with progress(len(chosen), "") as on_case:
         results = theory_of(chosen, on_case)
+    if html:
+        from spannorm.lab.depth.explorer import write_explorer
+
+        write_explorer(chosen, html)
     show(chosen, results, json_file, plot)
 
 

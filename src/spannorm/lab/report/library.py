@@ -35,8 +35,8 @@ def library() -> str | None:
 
 
 def own_scripts(*names: str) -> str:
-    """Our own JavaScript files of this folder, one after the other."""
-    return "\n".join((files("spannorm.lab.report") / name).read_text(encoding="utf-8") for name in names)
+    """Our own JavaScript files of the lab, one after the other."""
+    return "\n".join((files("spannorm.lab") / name).read_text(encoding="utf-8") for name in names)
 
 
 def packed(text: str) -> str:

@@ -126,7 +126,7 @@ def draw_report(directory: Path) -> Path:
         criteria=CRITERIA,
         library=library(),
         charts=any(drawing.chart for section in sections for drawing, _ in section.figures),
-        own_scripts=own_scripts("live.js", "report.js"),
+        own_scripts=own_scripts("report/live.js", "report/report.js"),
         install=INSTALL,
     )  # fmt: skip
     with writing_to(directory):
