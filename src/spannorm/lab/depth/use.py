@@ -82,7 +82,9 @@ def use_of_folder(
 
     size = min(batch_size, sequences)
     measured = rows[: sequences // size * size]
-    use = depth_use(model, loss_of, measured.split(size), fit=rows[len(measured) :].split(size), reach=reach)
+    use = depth_use(
+        model, loss_of, torch.split(measured, size), fit=torch.split(rows[len(measured) :], size), reach=reach
+    )
     results: dict[str, Any] = {
         "model": str(path),
         "sequences": len(measured),
