@@ -131,7 +131,7 @@ def compare(
     finished: Finished = None,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.cost import cost, in_words, is_large
+    from spannorm.lab.jobs.cost import cost, in_words, is_large
     from spannorm.lab.report.table import print_results
     from spannorm.train.recipe import load_recipe
 
