@@ -75,7 +75,8 @@ def comparison(folder: Path, arms: list[dict[str, Any]], name: str = "demo") -> 
         "versions": {"torch": "2.11.0", "spannorm": "0.1.0"},
         "machine": {"platform": "Linux", "cores": 8, "device": None},
         "data": {"corpus": "stdlib", "sha256": "0badcafe" * 8},
-        "arms": arms,
+        "format": 2,
+        "jobs": arms,
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -92,7 +93,13 @@ def played(recipe: Recipe, loss: Callable[[Job], float | None]) -> list[dict[str
         given: dict[str, Any] = {"seed": job.recipe.train.seed, "learning_rate": job.recipe.train.learning_rate}
         value = done[job.name]
         row = failed(placement, rule, "unigram", **given) if value is None else arm(placement, rule, **given)
-        row |= {"job": job.name, "arm": job.arm, "cell": dict(job.cell), "stage": job.stage, "tables": [*job.tables]}
+        row |= {
+            "job": job.name,
+            "arm": job.arm,
+            "condition": dict(job.condition),
+            "stage": job.stage,
+            "tables": [*job.tables],
+        }
         row |= {"overrides": dict(job.overrides), "initial_loss": 5.5, "spikes": 0}
         if value is not None:
             row |= {"val_loss": value, "test_loss": value + 0.05, "depth": job.recipe.model["num_hidden_layers"]}

@@ -115,6 +115,28 @@ def test_the_rooms_of_rewiring_import_each_other_in_one_direction():
             del stands_on[name]
 
 
+# The rooms of the lab, each with those that it may look into; the files beside them are entry points.
+LAB = {
+    "results": set(),
+    "jobs": {"results"},
+    "ladder": {"jobs", "results"},
+    "charts": set(),
+    "report": {"results", "ladder.fit", "charts"},
+    "depth": {"report.looks", "report.figures", "charts"},
+}
+
+
+@pytest.mark.parametrize("room", LAB)
+def test_the_rooms_of_the_lab_look_into_each_other_in_one_direction(room):
+    files = list((ROOT / "lab" / room).rglob("*.py"))
+    assert files and {path.name for path in (ROOT / "lab").iterdir() if path.is_dir()} - {"__pycache__"} == set(LAB)
+    for path in files:
+        for name in imports(path):
+            inner = name.removeprefix("spannorm.lab.")
+            if inner != name and not inner.startswith(f"{room}."):
+                assert any(f"{inner}.".startswith(f"{other}.") for other in LAB[room]), f"{path.name} imports {name}"
+
+
 def test_nothing_imports_the_command_line():
     for path in ROOT.rglob("*.py"):
         if path.name not in ("cli.py", "__main__.py"):

@@ -49,11 +49,11 @@ def test_the_page_on_adding_a_placement_runs_as_printed(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "ffn_first" in ran.stdout or "gated_pre" in ran.stdout
     results = json.loads((tmp_path / "runs" / "ffn_first" / "results.json").read_text())
-    assert [(a["placement"], a["depth_rule"]) for a in results["arms"]] == [
+    assert [(a["placement"], a["depth_rule"]) for a in results["jobs"]] == [
         ("ffn_first", "1/sqrt(2L)"),
         ("ffn_first", "1/sqrt(L):forward"),
     ]
-    assert all(arm["val_loss"] is not None for arm in results["arms"])
+    assert all(arm["val_loss"] is not None for arm in results["jobs"])
     assert "ffn_first" not in PLACEMENTS, "a user's file changes nothing outside its own process"
 
 

@@ -131,7 +131,7 @@ def compare(
     finished: Finished = None,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.cost import cost, in_words, is_large
+    from spannorm.lab.jobs.cost import cost, in_words, is_large
     from spannorm.lab.report.table import print_results
     from spannorm.train.recipe import load_recipe
 
@@ -203,7 +203,7 @@ def max_lr(
     loaded = ramps(load_recipe(recipe, overrides or ()), peak)
 
     def show(results: dict[str, Any], folder: Path) -> None:
-        print_tolerances(results["arms"])
+        print_tolerances(results["jobs"])
         typer.echo(f"results  {folder / 'results.json'}\nreport   {folder / 'report.html'}")
 
     _compared(loaded, out, imports or (), jobs, print_commands, on, slurm or (), dry_run, show, finished or ())

@@ -153,14 +153,14 @@ def test_a_comparison_evaluates_every_arm_and_its_report_shows_it(longer, tmp_pa
     raw = longer[0].to_dict()
     raw["compare"] = {"arms": [{"model.placement": "pre"}, {"model.placement": "span"}], "grid": {"train.seed": [0, 1]}}
     results = compare(recipe_from_dict(raw), tmp_path / "out")
-    scores = [arm["evaluation"] for arm in results["arms"]]
+    scores = [arm["evaluation"] for arm in results["jobs"]]
     assert len(scores) == 4 and all(set(score) == {"identifier_cloze", "bracket_matching"} for score in scores)
     assert len({score["identifier_cloze"]["questions_sha256"] for score in scores}) == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
         "Questions answered after training" in page and page.count("2 seeds</small>") + page.count("2 seeds, as") == 4
     )
-    job = tmp_path / "out" / "jobs" / results["arms"][0]["job"]
+    job = tmp_path / "out" / "jobs" / results["jobs"][0]["job"]
     assert evaluate_folder(job, ["local"], count=30)["tasks"] == scores[0]  # the tokens lie beside the comparison
     before = (tmp_path / "out" / "results.json").read_text()
     compare(recipe_from_dict(raw), tmp_path / "out")

@@ -49,10 +49,10 @@ def losses(out: Path) -> dict[str, list[float]]:
 def test_results_hold_every_arm_and_all_that_is_needed_to_repeat_them(finished: Path, comparison: Recipe) -> None:
     text = (finished / "results.json").read_text()
     results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
-    assert [(a["placement"], a["depth_rule"], a["seed"]) for a in results["arms"]] == [
+    assert [(a["placement"], a["depth_rule"], a["seed"]) for a in results["jobs"]] == [
         (p, r, s) for p, r in [("pre", "1/sqrt(2L)"), ("post", "none"), ("span", "1/sqrt(L)")] for s in (0, 1)
     ], "resolved names, in the order of the recipe"
-    for arm in results["arms"]:
+    for arm in results["jobs"]:
         assert arm.keys() >= PROMISED
         assert (finished / "jobs" / arm["job"] / "result.json").is_file()
     assert recipe_from_dict(results["recipe"]) == comparison
@@ -77,7 +77,7 @@ def test_the_report_stands_and_redraws_from_the_files_alone(finished: Path) -> N
 def test_a_finished_comparison_is_not_run_again(finished: Path, comparison: Recipe) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("jobs/*/records.jsonl")}
     results = compare(comparison, finished)
-    assert all(arm["val_loss"] is not None for arm in results["arms"])
+    assert all(arm["val_loss"] is not None for arm in results["jobs"])
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("jobs/*/records.jsonl")}
 
 
@@ -113,11 +113,11 @@ def test_a_stopped_comparison_goes_on_to_the_same_losses(
             and "Go on with: spannorm compare" in output
             and "Traceback" not in output
         )
-        statuses = {arm["status"] for arm in json.loads((tmp_path / "out" / "results.json").read_text())["arms"]}
+        statuses = {arm["status"] for arm in json.loads((tmp_path / "out" / "results.json").read_text())["jobs"]}
         assert statuses & {"stopped", "waiting"}
     results = compare(longer, tmp_path / "out")
-    assert {arm["status"] for arm in results["arms"]} <= {"ok", "failed"}
-    assert all(arm["val_loss"] for arm in results["arms"])
+    assert {arm["status"] for arm in results["jobs"]} <= {"ok", "failed"}
+    assert all(arm["val_loss"] for arm in results["jobs"])
     assert losses(tmp_path / "out") == {k: v for k, v in losses(finished).items() if "seed0" in k}
 
 
@@ -139,11 +139,11 @@ def test_a_crashed_job_is_named_with_its_log_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(fake))
         results = compare(one, tmp_path / "out")
-    arm = results["arms"][0]
+    arm = results["jobs"][0]
     assert not results["complete"] and arm["status"] == "failed" and "crashed (exit code 3)" in arm["reason"]
     assert "boom" in (tmp_path / "out" / "jobs" / arm["job"] / "log.txt").read_text()
     results = compare(one, tmp_path / "out")
-    assert results["complete"] and results["arms"][0]["val_loss"] is not None
+    assert results["complete"] and results["jobs"][0]["val_loss"] is not None
 
 
 def test_printed_commands_run_anywhere_and_the_comparison_gathers_them(
@@ -203,7 +203,7 @@ def test_a_protocol_runs_to_its_verdict_and_never_runs_a_job_twice(comparison: R
     grid = {"train.learning_rate": (3e-3, 1e-2, 3e-2)}
     recipe = replace(comparison, compare=CompareRecipe((ARMS[0], ARMS[2]), grid, protocol))
     results = compare(recipe, tmp_path / "out")
-    stages = [(arm["stage"], arm["seed"]) for arm in results["arms"]]
+    stages = [(arm["stage"], arm["seed"]) for arm in results["jobs"]]
     assert stages == [("choice", 0)] * 6 + [("confirmation", 1), ("confirmation", 2)] * 2 and results["complete"]
     (race,) = results["summary"]
     assert [s["trials"] for s in race["standings"]] == [3, 3] and len(race["pairs"]) == 1
@@ -217,7 +217,7 @@ def test_ramps_take_a_recipes_arms_and_conditions_but_no_learning_rates(comparis
     grid = {"train.learning_rate": (1e-3, 1e-2), "train.clip_norm": (0.0, 1.0)}
     protocol = ProtocolRecipe(seeds=(1, 2), extensions=0, pairs=(("span", "pre"),))
     jobs = Plan(ramps(replace(comparison, compare=CompareRecipe(ARMS[:2], grid, protocol)), 0.5)).jobs({})
-    assert {(j.arm.split()[0], j.cell["train.clip_norm"]) for j in jobs} == set(
+    assert {(j.arm.split()[0], j.condition["train.clip_norm"]) for j in jobs} == set(
         itertools.product(("pre", "post"), (0.0, 1.0))
     )
     assert len(jobs) == 4

@@ -39,7 +39,7 @@ def test_every_stack_is_measured_at_every_step_and_predicted_at_init(checked):
     ]
     rows = {}
     for row in results["rows"]:
-        assert set(row) == {*lab.Row.__annotations__, "relative_error"}
+        assert set(row) == {*lab.Quantity.__annotations__, "relative_error"}
         rows.setdefault((row["placement"], row["depth_rule"], row["depth"], row["step"]), {})[row["quantity"]] = row
     assert set(rows) == {(*stack.key, step) for stack in chosen for step in (0, 3)}
     for (*_, step), found in rows.items():

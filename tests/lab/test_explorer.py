@@ -42,14 +42,14 @@ def test_every_stack_has_the_theorys_numbers_by_block(tmp_path):
 
 def test_the_page_needs_no_network_and_holds_no_script_of_others(tmp_path):
     page = written(tmp_path, ["span"], ["none"], [4])
-    rest = without_our_scripts(page, ("report/live.js", "depth/explorer.js"), FINITE)
+    rest = without_our_scripts(page, ("charts/live.js", "depth/explorer.js"), FINITE)
     assert "http" not in rest and "@import" not in rest and "url(" not in rest and "src=" not in rest
 
 
 def test_width_is_a_choice_only_where_it_changes_the_numbers(tmp_path):
     page = written(tmp_path, ["pre"], ["none"], [4])
     assert numbers_of(page)[0]["widths"] == [64] and "There is no choice of width" in page
-    assert 'name="width"' not in without_our_scripts(page, ("report/live.js", "depth/explorer.js"), FINITE)
+    assert 'name="width"' not in without_our_scripts(page, ("charts/live.js", "depth/explorer.js"), FINITE)
     page = written(tmp_path, ["pre"], ["none"], [4], "model.base_init=normal")  # std 0.02, whatever the width
     (numbers,) = numbers_of(page)
     assert numbers["widths"] == [64, 128, 256, 512] and 'name="width"' in page

@@ -46,7 +46,7 @@ def test_a_run_that_was_finished_elsewhere_is_not_run_again(
     for source in (tmp_path / "done.json", done):
         out = tmp_path / source.stem
         results = compare(one, out, finished=[source])
-        (arm,), (before,) = results["arms"], json.loads((done / "results.json").read_text())["arms"]
+        (arm,), (before,) = results["jobs"], json.loads((done / "results.json").read_text())["jobs"]
         assert results["complete"] and arm["val_loss"] == before["val_loss"] and arm["job"] != before["job"]
         assert arm["taken_from"]["source"].startswith(str(source))
         assert "1 result taken over from elsewhere" in (out / "report.html").read_text()
@@ -68,6 +68,8 @@ def test_another_recipe_other_tokens_or_another_version_are_another_run(
         return len(commands(recipe, tmp_path / name, finished=[tmp_path / "done.json"]))
 
     assert left("same") == 0
+    assert raw.pop("format") == 1
+    assert left("older") == 0, "a file written before there was a number"
     assert left("rate", replace(one, train=replace(one.train, learning_rate=0.02))) == 1
     assert left("data", replace(one, data=replace(one.data, validation_fraction=0.3))) == 1
     raw["finished"][0]["run"]["versions"]["spannorm"] = "0.0.1"
@@ -87,5 +89,8 @@ def test_what_holds_no_finished_run_is_refused_in_words(done: Path, tmp_path: Pa
     (tmp_path / "cut.json").write_text('{"finished": [{"run": {}}]}')
     with pytest.raises(InputError, match=r"cut\.json.*finished\[0\]"):
         read_finished(tmp_path / "cut.json")
+    (tmp_path / "newer.json").write_text('{"format": 9, "finished": []}')
+    with pytest.raises(InputError, match=r"newer\.json has format 9, and this version of spannorm reads 1"):
+        read_finished(tmp_path / "newer.json")
     with pytest.raises(InputError, match="cannot write to"):
         merge([done], tmp_path / "cut.json" / "deeper.json")

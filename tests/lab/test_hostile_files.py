@@ -18,9 +18,12 @@ from matplotlib.figure import Figure
 from our_scripts import without_our_scripts
 
 from spannorm.errors import InputError
+from spannorm.lab.report.arms import Arm, Rate
 from spannorm.lab.report.figures.conditions import draw_conditions
+from spannorm.lab.report.looks import Look
 from spannorm.lab.report.page import draw_report
-from spannorm.lab.results.arms import Arm, Look, Rate, Run, Series, read_results
+from spannorm.lab.results.files import read_results
+from spannorm.lab.results.runs import Run, Series
 
 HOSTILE = [
     '"><img src=x onerror=alert(1)>', "<script>alert(1)</script>", "</style><b>", "{{ 7*7 }}", "{x}", "{", "a/b/../c",
@@ -93,7 +96,7 @@ def files(folder: Path) -> None:
     rates = {"learned": True, "rates": {"0.25": 0.01, "0.5": 0.02, "1": None}}
     arms: list[dict[str, Any]] = []
     for depth in (0, 2):
-        more = {"cell": {"model.num_hidden_layers": depth}, "initial_loss": 5.0, "spikes": 0, "tables": ["t"]}
+        more = {"condition": {"model.num_hidden_layers": depth}, "initial_loss": 5.0, "spikes": 0, "tables": ["t"]}
         arms += [arm("span", arm="span none", evaluation={"local": task}, stage="choice", **more),
                  arm("span", seed=1, arm="span none", stage="confirmation", **more),
                  arm("pre", arm="pre none", stage="choice", tolerated=rates if depth else None,
@@ -209,9 +212,9 @@ def test_hostile_words_in_every_field_stay_words(tmp_path: Path, small_pictures:
     results["name"] = evil
     for section in ("recipe", "versions", "machine", "data"):
         results[section][evil] = {evil: evil}
-    for row in results["arms"]:
-        row["cell"][evil], row["overrides"][evil], row["tables"] = (
-            1 + row["cell"]["model.num_hidden_layers"],
+    for row in results["jobs"]:
+        row["condition"][evil], row["overrides"][evil], row["tables"] = (
+            1 + row["condition"]["model.num_hidden_layers"],
             evil,
             [evil],
         )
@@ -226,7 +229,7 @@ def test_hostile_words_in_every_field_stay_words(tmp_path: Path, small_pictures:
 
 def test_before_anything_has_finished_there_is_a_report(tmp_path: Path, small_pictures: None) -> None:
     for status in ("waiting", "running", "failed"):
-        rows = [arm("span", cell={"model.num_hidden_layers": depth}, status=status, steps_done=0, val_loss=None,
+        rows = [arm("span", condition={"model.num_hidden_layers": depth}, status=status, steps_done=0, val_loss=None,
                     test_loss=None, job=f"j{depth}") for depth in (4, 8)]  # fmt: skip
         comparison(tmp_path / status, rows)
         draw_report(tmp_path / status)

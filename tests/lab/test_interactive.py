@@ -11,7 +11,8 @@ import pytest
 from lab_files import arm, comparison, failed
 from our_scripts import numbers_of
 
-from spannorm.lab.report import library, page
+from spannorm.lab.charts import library
+from spannorm.lab.report import page
 
 pytest.importorskip("bokeh")
 SEEDS = [arm("span", seed=seed, val_loss=1.8 + seed / 10) for seed in (3, 4)]

@@ -84,8 +84,8 @@ def test_each_condition_has_its_own_grid_and_choice(recipe: Recipe) -> None:
         return best_at(pre=2e-3, span=2e-3 if job.recipe.model["num_hidden_layers"] == 2 else 4e-3)(job)
 
     jobs = play(with_protocol(recipe, grid={"size": sizes}), loss)
-    deep = [job for job in jobs if job.cell == sizes[1]]
-    shallow = [job for job in jobs if job.cell == sizes[0]]
+    deep = [job for job in jobs if job.condition == sizes[1]]
+    shallow = [job for job in jobs if job.condition == sizes[0]]
     assert len(deep) + len(shallow) == len(jobs)
     assert rates(deep, "pre", "choice") == [*RATES, 8e-3] and rates(shallow, "pre", "choice") == [*RATES]
     assert set(rates(deep, "span", "confirmation")) == {4e-3}
@@ -96,8 +96,8 @@ def test_a_depth_rule_in_the_grid_makes_arms_and_other_keys_make_conditions(reci
     grid = {"model.depth_rule": ("none", "1/sqrt(L)"), "train.clip_norm": (0.0, 1.0)}
     jobs = Plan(replace(recipe, compare=CompareRecipe(arms=ARMS, grid=grid))).jobs({})
     assert {job.arm for job in jobs} == {"pre none", "pre 1/sqrt(L)", "span none", "span 1/sqrt(L)"}
-    assert sorted(job.cell["train.clip_norm"] for job in jobs) == [0.0] * 4 + [1.0] * 4
-    assert all(job.recipe.train.clip_norm == job.cell["train.clip_norm"] for job in jobs)
+    assert sorted(job.condition["train.clip_norm"] for job in jobs) == [0.0] * 4 + [1.0] * 4
+    assert all(job.recipe.train.clip_norm == job.condition["train.clip_norm"] for job in jobs)
 
 
 def test_a_pair_may_be_named_in_full_or_by_a_placement_that_one_arm_has(recipe: Recipe) -> None:

@@ -18,6 +18,9 @@ from our_scripts import without_our_scripts
 
 from spannorm.errors import InputError
 from spannorm.lab.report.page import draw_report
+from spannorm.lab.results.files import read_results
+
+ROOT = Path(__file__).parents[2]
 
 FIGURES = {"loss", "gradient_norm", "gradient_by_layer", "signal_by_layer", "similarity"}
 
@@ -225,14 +228,48 @@ def test_mixtures_of_experts_have_their_routers_drawn_and_dense_arms_none(tmp_pa
     assert "900 k active" in page.words
 
 
-def test_drawing_needs_neither_transformers_nor_a_display(tmp_path):
+def test_the_report_verb_needs_neither_torch_nor_transformers_nor_a_display(tmp_path):
     comparison(tmp_path, THREE)
     code = (
-        "import sys; from pathlib import Path; from spannorm.lab.report.page import draw_report; "
-        f"draw_report(Path({str(tmp_path)!r})); "
-        "assert not {'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
+        "import sys; from spannorm.cli import main\n"
+        f"sys.argv = ['spannorm', 'report', {str(tmp_path)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "found = {'torch', 'transformers', 'accelerate', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "assert not found, found"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "report.html").is_file()
+
+
+def old_format(folder: Path) -> None:
+    """Turn a comparison's `results.json` into format 1."""
+    results = json.loads((folder / "results.json").read_text())
+    assert results.pop("format") == 2
+    results["arms"] = results.pop("jobs")
+    for job in results["arms"]:
+        job["cell"] = job.pop("condition")
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_folder_of_the_older_format_gives_the_same_report(tmp_path):
+    depths = [{"model.num_hidden_layers": depth} for depth in (4, 8)]
+    comparison(tmp_path, [arm(p, condition=at, job=f"{p}{i}") for p in ("span", "pre") for i, at in enumerate(depths)])
+    page = draw_report(tmp_path).read_text()
+    assert "8 blocks" in page
+    old_format(tmp_path)
+    assert draw_report(tmp_path).read_text() == page
+
+
+def test_every_results_file_of_the_docs_is_read_and_so_is_no_newer_format(tmp_path):
+    files = [path for path in (ROOT / "docs" / "results").glob("*.json") if '"arms"' in path.read_text()]
+    assert len(files) > 5
+    for path in files:
+        results = read_results(path)
+        assert results["jobs"] and all(isinstance(job["condition"], dict) for job in results["jobs"])
+    (tmp_path / "results.json").write_text(json.dumps({"format": 3, "jobs": []}))
+    with pytest.raises(InputError, match="has format 3, and this version of spannorm reads up to 2"):
+        draw_report(tmp_path)
 
 
 @pytest.mark.parametrize(

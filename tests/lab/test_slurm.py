@@ -137,7 +137,7 @@ def test_a_comparison_through_submitit_has_all_its_results(comparison: Recipe, t
     short = replace(comparison, train=replace(comparison.train, steps=5, probe_every=5))
     pool = Cluster(tmp_path / "slurm", {"array_parallelism": 2}, submitit.LocalExecutor(tmp_path / "slurm"))
     results = compare(short, tmp_path, pool=pool)
-    assert results["complete"] and [arm["steps_done"] for arm in results["arms"]] == [5, 5]
+    assert results["complete"] and [arm["steps_done"] for arm in results["jobs"]] == [5, 5]
     assert [len(rows) for rows in losses(tmp_path).values()] == [5, 5]
 
 

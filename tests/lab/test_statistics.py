@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spannorm.lab.results.statistics import Estimate, estimate, holm, paired, sensitivity, verdict
+from spannorm.lab.results.statistics import Estimate, estimate, holm, pair_in_words, paired, sensitivity
 
 # Student (1908) as any table prints it: p = 0.975.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 30: 2.042, 120: 1.980}
@@ -91,7 +91,7 @@ NONE_FAILED = {"a": (0, 5), "b": (0, 5)}
     ],
 )
 def test_words_follow_from_the_interval(difference: Estimate | None, says: str, not_said: str) -> None:
-    words = verdict("a", "b", difference, NONE_FAILED)
+    words = pair_in_words("a", "b", difference, NONE_FAILED)
     assert says in words and not_said not in words
 
 
@@ -105,9 +105,9 @@ def test_words_follow_from_the_interval(difference: Estimate | None, says: str, 
     ],
 )  # fmt: skip
 def test_words_say_what_is_left_after_the_correction(p_holm: float | None, says: str) -> None:
-    assert verdict("a", "b", Estimate(-0.1, 5, 0.05, 0.06), NONE_FAILED, p_holm, 3).startswith(says)
+    assert pair_in_words("a", "b", Estimate(-0.1, 5, 0.05, 0.06), NONE_FAILED, p_holm, 3).startswith(says)
 
 
 def test_a_failed_seed_is_told_and_no_loss_is_compared() -> None:
-    words = verdict("a", "b", Estimate(-0.1, 4, 0.01, 0.02), {"a": (0, 5), "b": (1, 5)})
+    words = pair_in_words("a", "b", Estimate(-0.1, 4, 0.01, 0.02), {"a": (0, 5), "b": (1, 5)})
     assert "b failed with 1 of 5 seeds, a with none" in words and "below" not in words

@@ -15,9 +15,9 @@ from scipy import stats
 
 from spannorm.lab.jobs.plan import Job
 from spannorm.lab.report.figures.conditions import draw_tolerances
+from spannorm.lab.report.looks import looks
 from spannorm.lab.report.page import draw_report
-from spannorm.lab.results.arms import looks
-from spannorm.lab.results.summary import Race, summarize, verdict_lines
+from spannorm.lab.results.summary import Race, summarize_races, summary_lines
 from spannorm.lab.results.tolerance import tolerance_lines, tolerances
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
@@ -54,7 +54,7 @@ def losses(span: float = -0.02, noise: float = 1.0) -> Callable[[Job], float | N
 
 def races(depths: tuple[int, ...] = (4,), seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **given: float) -> list[Race]:
     made = recipe(depths, seeds)
-    return summarize(played(made, losses(**given)), made.compare.protocol.pairs)
+    return summarize_races(played(made, losses(**given)), made.compare.protocol.pairs)
 
 
 def test_each_arm_stands_at_its_own_best_rate_with_its_fresh_seeds() -> None:
@@ -101,11 +101,11 @@ def test_pairs_are_corrected_for_the_number_of_those_that_are_judged() -> None:
     assert [pair.p_holm for pair in judged] == pytest.approx([3 * p for pair in judged if (p := pair.p)])
     assert 0.01 < (judged[0].p or 0) < 0.05 < (judged[0].p_holm or 0)
     assert "span none ends below pre none at 95%, but not after Holm over 3 pairs" in judged[0].words
-    lines = verdict_lines(races((2, 3, 4), span=-0.0025))
+    lines = summary_lines(races((2, 3, 4), span=-0.0025))
     assert any(line.startswith("Of 3 pairs 3 differ at 95%") and "0 still do after Holm" in line for line in lines)
     one = next(pair for race in races() for pair in race.pairs)
     assert one.p is not None and one.p_holm is None and "Holm" not in one.words
-    many = " ".join(verdict_lines(races((2, 3, 4, 5, 6, 7), span=-0.0025)))
+    many = " ".join(summary_lines(races((2, 3, 4, 5, 6, 7), span=-0.0025)))
     assert "ends below it in 6 (2 blocks; 3 blocks;" in many and "7 blocks), after Holm in 0 of them" in many
 
 
@@ -117,7 +117,7 @@ def test_what_fails_at_every_rate_is_not_compared() -> None:
 
 def test_the_verdict_has_ten_lines_at_most_and_says_what_a_reader_must_know() -> None:
     for depths in ((4,), (2, 3, 4, 5, 6, 7)):
-        lines = verdict_lines(races(depths))
+        lines = summary_lines(races(depths))
         assert 0 < len(lines) <= 10
         text = " ".join(lines)
         assert "Failed at every learning rate: post none" in text
@@ -133,7 +133,7 @@ def test_the_report_says_the_verdict_and_shows_fresh_seeds_apart_from_the_choice
     (tmp_path / "results.json").write_text(json.dumps(results | {"recipe": made.to_dict()}))
     page = re.sub(r"<style>.*?</style>", "", draw_report(tmp_path).read_text(), flags=re.DOTALL)
     words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
-    for line in verdict_lines(summarize(results["arms"], made.compare.protocol.pairs)):
+    for line in summary_lines(summarize_races(results["jobs"], made.compare.protocol.pairs)):
         assert line in words
     assert "3 learning rates on one seed and the validation split" in words and "5 fresh seeds" in words
     assert all(f"{depth} blocks" in words for depth in (2, 4, 8))
@@ -158,7 +158,7 @@ def test_a_figures_csv_holds_what_it_draws(tmp_path: Path) -> None:
 def ramp(arm: str, seed: int, rate: float | None, learned: bool = True) -> dict[str, Any]:
     rates = {"0.25": rate and rate / 2, "0.5": rate, "1": None}
     placement, rule = arm.split()
-    given = {"placement": placement, "depth_rule": rule, "seed": seed, "cell": {"model.num_hidden_layers": 8}}
+    given = {"placement": placement, "depth_rule": rule, "seed": seed, "condition": {"model.num_hidden_layers": 8}}
     return {"arm": arm, "tables": [""], "tolerated": {"learned": learned, "rates": rates}, **given}
 
 

@@ -5,7 +5,7 @@ A comparison's folder:
     comparison.json   the recipe
     data/             tokens, shared by all jobs
     jobs/<job>/       one run each (see spannorm.train.run), with log.txt
-    results.json      every job's row, with recipe, versions, machine and data hash
+    results.json      every job's result, with recipe, versions, machine and data hash (spannorm.lab.results.files)
     report.html       drawn from the files above alone
 """
 
@@ -32,7 +32,8 @@ from spannorm.lab.jobs.runner import Pool, Runner
 from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import ladder_outcome, sealed
 from spannorm.lab.report.page import draw_report
-from spannorm.lab.results.summary import summarize
+from spannorm.lab.results.files import FORMAT, RESULTS, JobResult
+from spannorm.lab.results.summary import summarize_races
 from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
@@ -45,7 +46,7 @@ logger = logging.getLogger("spannorm")
 
 _MANY = 100
 """Runs beyond which planning them is worth a word."""
-COMPARISON, RESULTS = "comparison.json", "results.json"
+COMPARISON = "comparison.json"
 
 
 def compare(
@@ -75,8 +76,9 @@ def compare(
     with _opened(recipe, out, imports, at_once, pool, finished=finished) as (runner, about):
 
         def record(complete: bool) -> dict[str, Any]:
-            arms = runner.arms()
-            results = {**about, "complete": complete, **_outcome(recipe, runner, out, arms, complete), "arms": arms}
+            jobs = runner.job_results()
+            outcome = _outcome(recipe, runner, out, jobs, complete)
+            results = {"format": FORMAT, **about, "complete": complete, **outcome, "jobs": jobs}
             write_json(out / RESULTS, results)
             return results
 
@@ -127,7 +129,7 @@ def _opened(
         _check_same_comparison(recipe, out)
         jobs = plan.jobs({})
         data = {job.recipe.data: _data_folder(out, job.recipe.data) for job in jobs}
-        tokens = {which: prepare_data(which, folder) for which, folder in data.items()}
+        tokens = {recipe_of_data: prepare_data(recipe_of_data, folder) for recipe_of_data, folder in data.items()}
         for job in _apart(jobs):
             model_config(job.recipe, tokens[job.recipe.data])
         _check_tasks(jobs, tokens)
@@ -155,30 +157,30 @@ def _check_tasks(jobs: Sequence[Job], tokens: Mapping[DataRecipe, TokenData]) ->
     seen = set()
     for job in _apart(jobs):
         t, context = job.recipe.train, model_config(job.recipe).max_position_embeddings
-        which = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
-        if t.evaluate and which not in seen:
+        questions = (t.evaluate, t.evaluate_questions, job.recipe.data, context)
+        if t.evaluate and questions not in seen:
             tasks_of(t, tokens[job.recipe.data], context)
-            seen.add(which)
+            seen.add(questions)
 
 
 def _check_same_comparison(recipe: Recipe, out: Path) -> None:
     if claim(out, folders.COMPARISON):
-        there = read_json(out / COMPARISON)["recipe"]
-        different = differences(there, json.loads(json.dumps(recipe.to_dict())))
+        begun = read_json(out / COMPARISON)["recipe"]
+        different = differences(begun, json.loads(json.dumps(recipe.to_dict())))
         if different:
             raise InputError(
                 f"{out} already holds another comparison: {'; '.join(different)}. Choose another --out folder."
             )
 
 
-def _outcome(recipe: Recipe, runner: Runner, out: Path, arms: list[dict[str, Any]], complete: bool) -> dict[str, Any]:
-    """What the rows come to: of a ladder its curves, under a protocol each race, of ramps each arm's tolerance."""
+def _outcome(recipe: Recipe, runner: Runner, out: Path, jobs: list[JobResult], complete: bool) -> dict[str, Any]:
+    """What the jobs show: of a ladder its curves, under a protocol each race, of ramps each arm's tolerance."""
     if recipe.ladder.sizes:
         return {"ladder": ladder_outcome(recipe, runner.results, out)} if complete else {}
     protocol = recipe.compare.protocol
     if protocol.seeds:
-        return {"summary": [asdict(race) for race in summarize(arms, protocol.pairs)]}
-    return {"tolerances": [asdict(t) for t in found]} if (found := tolerances(arms)) else {}
+        return {"summary": [asdict(race) for race in summarize_races(jobs, protocol.pairs)]}
+    return {"tolerances": [asdict(t) for t in measured]} if (measured := tolerances(jobs)) else {}
 
 
 def _data_folder(out: Path, recipe: DataRecipe) -> Path:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
 from spannorm.console import Grid, wide_console
 from spannorm.lab.jobs.plan import RATE
-from spannorm.lab.results.summary import condition
+from spannorm.lab.results.files import JobResult
 from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.ramp import PEAK, SHARE, SHARES
 from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
@@ -32,7 +31,7 @@ def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
     return recipe_from_dict(ramped.to_dict())
 
 
-def print_tolerances(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def print_tolerances(jobs: Sequence[JobResult], console: Console | None = None) -> None:
     """Print each arm's rate by condition, and how it moves with the threshold."""
     grid = Grid("largest tolerable learning rate (when a share of what was learned is lost again)")
     for heading in ("condition", "arm"):
@@ -40,9 +39,8 @@ def print_tolerances(rows: Sequence[Mapping[str, Any]], console: Console | None 
     for share in SHARES:
         grid.column(f"{share:.0%} lost", "spare")
     grid.column(f"{SHARE:.0%} lost, over seeds", "note")
-    for t in tolerances(rows):
-        place = ", ".join(filter(None, [t.table, condition(t.cell)]))
+    for t in tolerances(jobs):
         rates = [t.rate(share) for share in SHARES]
-        grid.row(place, t.arm, *("–" if rate is None else f"{rate:.2e}" for rate in rates), t.words)
+        grid.row(t.title, t.arm, *("–" if rate is None else f"{rate:.2e}" for rate in rates), t.words)
     console = console or wide_console()
     console.print(grid.fitted(console))

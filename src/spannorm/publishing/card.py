@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from spannorm.catalog import entry
 from spannorm.lab.report.figures.panels import INK, STYLE, WIDTH, numbers, plain_log, smooth
-from spannorm.lab.results.arms import Series
+from spannorm.lab.results.runs import Series
 from spannorm.models import SpanNormConfig
 
 CURVES, RECEIPT = "curves.png", "init_receipt.txt"

@@ -7,7 +7,7 @@ text and measured again. A placement that the theory cannot follow is measured w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from spannorm import theory
 from spannorm.errors import InputError
-from spannorm.lab.depth.theory import Case, Row, number, predictions
+from spannorm.lab.depth.theory import Case, Quantity, number, predictions
 from spannorm.models import SpanNormForCausalLM
 from spannorm.probes import Record, block_skip_costs, gradient_paths, measure
 from spannorm.train.data import TokenData, prepare_data
@@ -30,6 +30,8 @@ from spannorm.train.recipe import TrainRecipe
 from spannorm.train.run import model_config, quiet
 from spannorm.train.sequences import TrainingSequences, evaluation_sequences
 
+Measured = tuple[dict[str, float], dict[str, list[float]], float]
+"""Of a model: its quantities by name, its profiles by name and layer, and its loss."""
 SKIPPED = 8
 """Blocks whose skipping is tried, evenly spaced: one forward pass each."""
 
@@ -41,13 +43,12 @@ def repeats(ids: torch.Tensor) -> float:
     return same / (len(ids) * length * (length - 1)) if length > 1 else 0.0
 
 
-def measurements(
-    model: SpanNormForCausalLM, ids: torch.Tensor
-) -> tuple[dict[str, float], dict[str, list[float]], float]:
+def measurements(model: SpanNormForCausalLM, ids: torch.Tensor) -> Measured:
     """What a model does with token ids (batch, seq): the quantities, profiles by layer, and the loss."""
 
     def loss_of() -> torch.Tensor:
-        return model(ids, labels=ids, use_cache=False).loss
+        loss: torch.Tensor = model(ids, labels=ids, use_cache=False).loss
+        return loss
 
     training = model.training
     model.eval()
@@ -111,7 +112,7 @@ def depth_check(
     """
     if seeds < 1 or not steps or min(steps) < 0:
         raise InputError(f"steps must be 0 or more and seeds at least 1; got steps {list(steps)}, seeds {seeds}.")
-    rows: list[Row] = []
+    rows: list[Quantity] = []
     unpredicted: dict[str, str] = {}
     profiles: list[dict[str, Any]] = []
     for case in chosen:
@@ -130,29 +131,37 @@ def depth_check(
             by_layer = [*prediction.log_gradient] if len(prediction.blocks) == prediction.num_layers else None
         except theory.NoRule as reason:
             unpredicted[" ".join(map(str, case.key))] = str(reason)
-        by_step: dict[int, list[tuple[dict[str, float], dict[str, list[float]], float]]] = {}
+        by_step: dict[int, list[Measured]] = {}
         for seed in range(seeds):
-            for step, found in _trained(case, seed, tokens, batch, sorted(set(steps))):
-                by_step.setdefault(step, []).append(found)
-        placement, rule, depth = case.key
-        for step, found in by_step.items():
-            for quantity in dict.fromkeys([*(expected if step == 0 else ()), *found[0][0]]):
-                values = [quantities.get(quantity, math.nan) for quantities, _, _ in found]
-                rows.append(
-                    Row(placement, rule, depth, step, quantity,
-                        number(expected.get(quantity)) if step == 0 else None, _mean(quantity, values))
-                )  # fmt: skip
-            rows.append(Row(placement, rule, depth, step, "loss", None, _mean("loss", [loss for *_, loss in found])))
-            for name in found[0][1]:
-                profile = np.mean([layers[name] for _, layers, _ in found], axis=0)
-                theirs = {"log_gradient": by_layer} if step == 0 else {}
-                profiles.append({
-                    "placement": placement, "depth_rule": rule, "depth": depth, "step": step, "quantity": name,
-                    "measured": [number(v) for v in profile], "predicted": theirs.get(name),
-                })  # fmt: skip
+            for step, measured in _trained(case, seed, tokens, batch, sorted(set(steps))):
+                by_step.setdefault(step, []).append(measured)
+        for step, models in by_step.items():
+            rows += _quantities(case, step, models, expected if step == 0 else {})
+            profiles += _profiles(case, step, models, by_layer if step == 0 else None)
     return {
         "repeat": repeat, "rows": [row.to_dict() for row in rows], "profiles": profiles, "unpredicted": unpredicted,
     }  # fmt: skip
+
+
+def _quantities(case: Case, step: int, models: Sequence[Measured], expected: Mapping[str, float]) -> Iterator[Quantity]:
+    """Each quantity, its mean over the models beside what the theory expects of it; the loss last."""
+    for name in dict.fromkeys([*expected, *models[0][0]]):
+        values = [quantities.get(name, math.nan) for quantities, _, _ in models]
+        yield Quantity(*case.key, step, name, number(expected.get(name)), _mean(name, values))
+    yield Quantity(*case.key, step, "loss", None, _mean("loss", [loss for *_, loss in models]))
+
+
+def _profiles(
+    case: Case, step: int, models: Sequence[Measured], log_gradient: Sequence[float] | None
+) -> Iterator[dict[str, Any]]:
+    """Each quantity by layer, its mean over the models, beside the theory's logarithm of the gradient."""
+    placement, rule, depth = case.key
+    for name in models[0][1]:
+        mean = np.mean([layers[name] for _, layers, _ in models], axis=0)
+        yield {
+            "placement": placement, "depth_rule": rule, "depth": depth, "step": step, "quantity": name,
+            "measured": [number(v) for v in mean], "predicted": log_gradient if name == "log_gradient" else None,
+        }  # fmt: skip
 
 
 def _batch(tokens: TokenData, train: TrainRecipe) -> torch.Tensor:
@@ -162,28 +171,28 @@ def _batch(tokens: TokenData, train: TrainRecipe) -> torch.Tensor:
 
 def _trained(
     case: Case, seed: int, tokens: TokenData, batch: torch.Tensor, steps: Sequence[int]
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[tuple[int, Measured]]:
     """A model's measurements after each of the steps; a model whose loss is no longer finite ends early."""
     last = max(steps)
     train = replace(case.recipe.train, steps=max(last, 1), seed=seed)
-    one = replace(case.recipe, train=train, model={**case.recipe.model, "init_seed": seed})
-    model = SpanNormForCausalLM(model_config(one, tokens))
-    found: list[tuple[int, Any]] = []
+    seeded = replace(case.recipe, train=train, model={**case.recipe.model, "init_seed": seed})
+    model = SpanNormForCausalLM(model_config(seeded, tokens))
+    measured: list[tuple[int, Measured]] = []
     if 0 in steps:
-        found.append((0, measurements(model, batch)))
+        measured.append((0, measurements(model, batch)))
     if last:
         sequences = TrainingSequences(tokens, train.sequence_length, last * train.batch_size * train.accumulation, seed)
         with TemporaryDirectory() as folder:
             settings = arguments(train, Path(folder))
             settings.save_strategy = type(settings.save_strategy)("no")
-            watcher = _Watcher(lambda step: found.append((step, measurements(model, batch))), set(steps))
+            watcher = _Watcher(lambda step: measured.append((step, measurements(model, batch))), set(steps))
             engine = Engine(model, settings, recipe=train, train_dataset=sequences, callbacks=[watcher])
             engine.remove_callback(PrinterCallback)
             engine.train()
-    yield from found
+    yield from measured
 
 
-class _Watcher(TrainerCallback):
+class _Watcher(TrainerCallback):  # type: ignore[misc]
     def __init__(self, measure_at: Callable[[int], None], steps: set[int]) -> None:
         self.measure_at, self.steps = measure_at, steps
 

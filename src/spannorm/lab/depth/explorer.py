@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, PrefixLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from spannorm import theory
 from spannorm.errors import InputError
 from spannorm.files import write_text
+from spannorm.lab.charts.library import INSTALL, library, own_scripts, packed_json, rounded
 from spannorm.lab.depth.theory import Case
-from spannorm.lab.report.library import INSTALL, library, own_scripts, packed_json, rounded
 from spannorm.text import plain_in
 
 WIDTHS = (1, 2, 4, 8)
@@ -56,9 +56,9 @@ def write_explorer(chosen: Sequence[Case], file: Path, on_case: Callable[[Case],
         raise InputError(f"the page of --html is drawn with Bokeh, which is not installed: {INSTALL}")
     stacks = predicted(chosen, on_case)
     recipe = chosen[0].recipe
-    page = _environment().get_template("depth/explorer.html.jinja").render(
+    page = _environment().get_template("explorer.html.jinja").render(
         name=recipe.name, body=chosen[0].body, widths=stacks.widths, library=bokeh,
-        own_scripts=own_scripts("report/live.js", "depth/explorer.js"),
+        own_scripts=own_scripts("charts/live.js", "depth/explorer.js"),
         numbers=packed_json(plain_in({"entries": stacks.entries, "widths": stacks.widths})), factor=theory.FACTOR,
     )  # fmt: skip
     write_text(file, page)
@@ -132,6 +132,6 @@ def _amplitude(log: float) -> float:
 
 
 def _environment() -> Environment:
-    loaders = {room: PackageLoader(f"spannorm.lab.{room}", ".") for room in ("depth", "report")}
-    return Environment(loader=PrefixLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    loaders = [PackageLoader(f"spannorm.lab.{room}", ".") for room in ("depth", "charts")]
+    return Environment(loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from spannorm import theory
 from spannorm.files import write_bytes
 from spannorm.lab.depth.theory import Case
 from spannorm.lab.report.figures.panels import STYLE, WIDTH, plain_log
-from spannorm.lab.results.arms import Look, looks
+from spannorm.lab.report.looks import Look, looks
 
 Results = Mapping[str, Any]
 
@@ -24,7 +24,7 @@ Results = Mapping[str, Any]
 def draw(chosen: Sequence[Case], results: Results, path: Path) -> list[Path]:
     """Skip gain and total gain against depth: lines predicted, points measured. Where stacks were trained, a second
     file, `<name>-training`, shows the deepest ones through it. Returns the files."""
-    figures = {path: lambda: gains(chosen, results)}
+    figures: dict[Path, Callable[[], Figure]] = {path: lambda: gains(chosen, results)}
     if any(row["step"] for row in results["rows"]):
         figures[path.with_stem(f"{path.stem}-training")] = lambda: training(chosen, results)
     with matplotlib.rc_context(STYLE):
@@ -68,9 +68,9 @@ def gains(chosen: Sequence[Case], results: Results) -> Figure:
         ax.minorticks_off()
         plain_log(ax.yaxis)
     axes[0].set_ylabel("gain of the gradient, output to input")
-    said = ["lines: predicted"]
-    said += [f"{'dots' if step == steps[0] else 'circles'}: measured {_when(step)}" for step in steps[:2]]
-    figure.text(0.5, 0.99, ", ".join([*said, "grey: within a factor 2"]), ha="center", va="top", fontsize=7)
+    legend = ["lines: predicted"]
+    legend += [f"{'dots' if step == steps[0] else 'circles'}: measured {_when(step)}" for step in steps[:2]]
+    figure.text(0.5, 0.99, ", ".join([*legend, "grey: within a factor 2"]), ha="center", va="top", fontsize=7)
     _named(figure, axes[0], lines)
     return figure
 
@@ -86,7 +86,7 @@ def training(chosen: Sequence[Case], results: Results) -> Figure:
     last = max(row["step"] for row in results["rows"])
     axes[1].axhspan(1 / theory.FACTOR, theory.FACTOR, color="#ececec", zorder=0)
     for arm in arms:
-        found = {
+        points_of = {
             quantity: sorted(
                 (row["step"], row["measured"]) for row in results["rows"]
                 if (row["placement"], row["depth_rule"], row["depth"], row["quantity"]) == (*arm, deepest, quantity)
@@ -94,7 +94,7 @@ def training(chosen: Sequence[Case], results: Results) -> Figure:
             )
             for quantity in ("rho:ffn", "total_gain")
         }  # fmt: skip
-        for ax, points in zip(axes, found.values(), strict=False):
+        for ax, points in zip(axes, points_of.values(), strict=False):
             ax.plot(*zip(*points, strict=True), marker="o", markersize=2.5, label=" ".join(arm), **look[arm].line)
         for profile in results["profiles"]:
             names = tuple(profile[k] for k in ("placement", "depth_rule", "depth", "step", "quantity"))
@@ -123,9 +123,9 @@ def _line(ax: Any, arm: tuple[str, str], members: Sequence[Case], quantity: str,
     ends = [case.key[2] for case in members]
     depths = sorted({round(depth) for depth in np.geomspace(min(ends), max(ends), 12)})
     try:
-        found = [members[0].predicted(repeat, depth) for depth in depths]
+        predictions = [members[0].predicted(repeat, depth) for depth in depths]
     except theory.NoRule:  # the words say so
         ax.plot([], [], label=" ".join(arm), **look.line)
         return
-    logs = [p.log_skip_gain if quantity == "skip_gain" else p.log_total_gain for p in found]
+    logs = [p.log_skip_gain if quantity == "skip_gain" else p.log_total_gain for p in predictions]
     ax.plot(depths, [math.exp(max(min(v, 700), -700)) for v in logs], label=" ".join(arm), **look.line)

@@ -36,7 +36,7 @@ def sizes(recipe: Path | None, overrides: Iterable[str] = ()) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Row:
+class Quantity:
     """One quantity of one stack at one step: what the theory says and what models do (mean over seeds)."""
 
     placement: str
@@ -92,18 +92,18 @@ def cases(recipe: Recipe, placements: Sequence[str], depth_rules: Sequence[str],
     """
     if not (placements and depth_rules and depths):
         raise InputError("name at least one placement, one depth rule and one depth.")
-    found: dict[tuple[str, str, int], Case] = {}
+    cases: dict[tuple[str, str, int], Case] = {}
     for placement in placements:
         for rule in depth_rules:
             for depth in depths:
                 named = None if rule == "default" else rule
                 chosen = {"placement": placement, "depth_rule": named, "num_hidden_layers": depth}
-                one = replace(recipe, model={**recipe.model, **chosen})
+                sized = replace(recipe, model={**recipe.model, **chosen})
                 case = Case(
-                    one, Stack(placement, depth, named, recipe.model.get("placement_options") or {}), body_of(one)
+                    sized, Stack(placement, depth, named, recipe.model.get("placement_options") or {}), body_of(sized)
                 )
-                found.setdefault(case.key, case)
-    return list(found.values())
+                cases.setdefault(case.key, case)
+    return list(cases.values())
 
 
 def body_of(recipe: Recipe) -> theory.Body:
@@ -148,7 +148,8 @@ def theory_of(chosen: Sequence[Case], on_case: Callable[[Case], None] = lambda _
     rows = []
     for case in chosen:
         on_case(case)
-        rows += [Row(*case.key, 0, name, number(value), None) for name, value in predictions(case.predicted()).items()]
+        predicted = predictions(case.predicted())
+        rows += [Quantity(*case.key, 0, name, number(value), None) for name, value in predicted.items()]
     return {"repeat": 0.0, "rows": [row.to_dict() for row in rows], "profiles": []}
 
 

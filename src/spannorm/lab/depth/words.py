@@ -77,20 +77,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Grid:
     made = Grid(TITLE)
     for heading in ("placement", "depth rule"):
         made.column(heading)
-    found: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    stacks: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[k] for k in ("placement", "depth_rule", "depth", "step")), {})[row["quantity"]] = row
-    shown = [q for q in COLUMNS if any(q in cells for cells in found.values())]
+        stack = tuple(row[key] for key in ("placement", "depth_rule", "depth", "step"))
+        stacks.setdefault(stack, {})[row["quantity"]] = row
+    shown = [q for q in COLUMNS if any(q in quantities for quantities in stacks.values())]
     for heading in ("blocks", "step"):
         made.column(heading, "number")
     for quantity in shown:
         made.column(COLUMNS[quantity], "number" if quantity in ("total_gain", "loss") else "spare")
-    for (placement, rule, depth, step), cells in found.items():
-        made.row(placement, rule, str(depth), str(step), *(_cell(cells.get(q)) for q in shown))
+    for (placement, rule, depth, step), quantities in stacks.items():
+        made.row(placement, rule, str(depth), str(step), *(_both(quantities.get(q)) for q in shown))
     return made
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _both(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
     both = [_figure(row[key]) for key in ("predicted", "measured") if row[key] is not None]
@@ -104,7 +105,7 @@ def _figure(value: float) -> str:
 
 
 def words(chosen: Sequence[Case], results: Mapping[str, Any]) -> list[str]:
-    """What the check found, a sentence for each placement under each rule, at its largest depth; then, for each
+    """What the check after, a sentence for each placement under each rule, at its largest depth; then, for each
     placement, the rule to choose."""
     repeat, last_step = results["repeat"], max(row["step"] for row in results["rows"])
     measured: dict[Any, dict[int, float]] = {}
@@ -119,16 +120,16 @@ def words(chosen: Sequence[Case], results: Mapping[str, Any]) -> list[str]:
     for (placement, rule), case in deepest.items():
         why = results.get("unpredicted", {}).get(" ".join(map(str, case.key)))
         if why is None:
-            said = theory.verdict(case.predicted(repeat), _body(case, repeat), **case.stack.options).words
+            statement = theory.verdict(case.predicted(repeat), _body(case, repeat), **case.stack.options).words
         else:
-            said = f"measured without a prediction ({why.rstrip('.')})"
+            statement = f"measured without a prediction ({why.rstrip('.')})"
         gains = [
             f"after {step} steps {theory.times(math.log(gain))}" if step else f"measured {theory.times(math.log(gain))}"
             for step, gain in sorted(measured.get(case.key, {}).items())
             if step in (0, last_step)
         ]
-        found = f"; {', '.join(gains)}" if gains else ""
-        sentences.append(f"{placement} {rule}, {case.key[2]} blocks: {said}{found}.")
+        after = f"; {', '.join(gains)}" if gains else ""
+        sentences.append(f"{placement} {rule}, {case.key[2]} blocks: {statement}{after}.")
         if why is None:
             last[placement] = max(case, last.get(placement, case), key=lambda s: s.key[2])
     for placement, case in last.items():

@@ -26,7 +26,9 @@ from spannorm.train.recorder import PROBES, RECORDS
 from spannorm.train.run import RESULT, RESULT_SHAPE, RUN, run_recipe
 
 _RUN_SHAPE = {**folders.RUN.shape, "versions": {"spannorm": str}, "machine": dict}  # type: ignore[dict-item]
-_SHAPE = {"finished": [{"run": _RUN_SHAPE, "result": RESULT_SHAPE}]}
+FORMAT = 1
+"""Of the file that `merge` writes; a file without the number is of format 1 too."""
+_SHAPE = {"format?": int, "finished": [{"run": _RUN_SHAPE, "result": RESULT_SHAPE}]}
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,23 @@ def read_finished(path: Path) -> list[Finished]:
         InputError: there is none, or a file is not as it was written.
     """
     if path.is_file():
-        return [Finished(one["run"], one["result"], path) for one in read_json(path, _SHAPE)["finished"]]
-    found = [
+        merged = read_json(path, _SHAPE)
+        if merged.get("format", FORMAT) != FORMAT:
+            raise InputError(
+                f"{path} has format {merged['format']}, and this version of spannorm reads {FORMAT}: update it."
+            )
+        return [Finished(run["run"], run["result"], path) for run in merged["finished"]]
+    runs = [
         Finished(read_json(folder / RUN, _RUN_SHAPE), read_json(folder / RESULT, RESULT_SHAPE), folder)
         for folder in sorted(path.glob("jobs/*"))
         if (folder / RUN).is_file() and (folder / RESULT).is_file()
     ]
-    if not found:
+    if not runs:
         raise InputError(
             f"{path} has no finished run: give a comparison's folder (with jobs/), or a file that `spannorm results "
             "merge` wrote."
         )
-    return found
+    return runs
 
 
 def merge(paths: Iterable[Path], out: Path) -> tuple[int, int]:
@@ -81,17 +88,21 @@ def merge(paths: Iterable[Path], out: Path) -> tuple[int, int]:
 
     Returns how many are in it, and how many were equal to one of them.
     """
-    found: dict[str, Finished] = {}
-    read = 0
-    for path in paths:
-        for one in read_finished(path):
-            found.setdefault(one.identity, one)
-            read += 1
-    kept = [{"run": one.run, "result": one.result} for _, one in sorted(found.items())]
+    read = [run for path in paths for run in read_finished(path)]
+    first = _first_of_each(read)
+    kept = [{"run": run.run, "result": run.result} for _, run in sorted(first.items())]
     make_folder(out.parent)
     with writing_to(out.parent):
-        write_json(out, {"finished": kept})
-    return len(kept), read - len(kept)
+        write_json(out, {"format": FORMAT, "finished": kept})
+    return len(kept), len(read) - len(kept)
+
+
+def _first_of_each(runs: Iterable[Finished]) -> dict[str, Finished]:
+    """By identity; of equal runs the first."""
+    first: dict[str, Finished] = {}
+    for run in runs:
+        first.setdefault(run.identity, run)
+    return first
 
 
 def handed_over(
@@ -105,10 +116,7 @@ def handed_over(
         paths: folders or files, as `read_finished` takes them; of equal runs the first is taken.
         out: the comparison's folder.
     """
-    known: dict[str, Finished] = {}
-    for path in paths:
-        for one in read_finished(path):
-            known.setdefault(one.identity, one)
+    known = _first_of_each(run for path in paths for run in read_finished(path))
     here = version("spannorm")
 
     def jobs(done: Done) -> list[Job]:
@@ -117,20 +125,20 @@ def handed_over(
             folder = out / "jobs" / job.name
             if job.name in done or (folder / RUN).exists():
                 continue
-            if one := known.get(identity(run_recipe(job.recipe), tokens[job.recipe.data].sha256, here)):
-                _take(one, job, folder)
+            if run := known.get(identity(run_recipe(job.recipe), tokens[job.recipe.data].sha256, here)):
+                _take(run, job, folder)
         return planned
 
     return jobs if known else plan
 
 
-def _take(one: Finished, job: Job, folder: Path) -> None:
+def _take(run: Finished, job: Job, folder: Path) -> None:
     own_folder(folder.parent)
     own_folder(folder)
-    if one.source.is_dir():
+    if run.source.is_dir():
         for name in (RECORDS, PROBES):
-            if (one.source / name).is_file():
-                shutil.copyfile(one.source / name, folder / name)
-    write_json(folder / RUN, one.run | {"recipe": run_recipe(job.recipe)})
-    origin = {key: one.run["machine"].get(key) for key in ("processor", "device")}
-    write_json(folder / RESULT, one.result | {"taken_from": {"source": str(one.source), **origin}})
+            if (run.source / name).is_file():
+                shutil.copyfile(run.source / name, folder / name)
+    write_json(folder / RUN, run.run | {"recipe": run_recipe(job.recipe)})
+    origin = {key: run.run["machine"].get(key) for key in ("processor", "device")}
+    write_json(folder / RESULT, run.result | {"taken_from": {"source": str(run.source), **origin}})

@@ -45,8 +45,8 @@ class Job:
     recipe: Recipe
     arm: str
     """Placement, depth rule, and what else the arm overrides."""
-    cell: Mapping[str, Any]
-    """The condition: the grid's values other than the arm's, the learning rate and the seed."""
+    condition: Mapping[str, Any]
+    """The grid's values other than the arm's, the learning rate and the seed."""
     tables: tuple[str, ...]
     """The tables it stands in."""
     stage: str = ""
@@ -59,7 +59,7 @@ class Entrant:
 
     table: str
     arm: Mapping[str, Any]
-    cell: Mapping[str, Any]
+    condition: Mapping[str, Any]
 
 
 class Plan:
@@ -86,21 +86,22 @@ class Plan:
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
         _check_keys(recipe)
         self.races: dict[tuple[str, str], list[Entrant]] = {}
-        for given in recipe.compare.arms:
+        for overrides_of_arm in recipe.compare.arms:
             for values in itertools.product(*grid.values()):
-                arm: dict[str, Any] = dict(given)
-                cell: dict[str, Any] = {}
+                arm: dict[str, Any] = dict(overrides_of_arm)
+                condition: dict[str, Any] = {}
                 table = str(arm.pop("table", ""))
                 for key, value in zip(grid, values, strict=True):
-                    (arm if key in IDENTITY else cell).update(value if isinstance(value, Mapping) else {key: value})
-                self.races.setdefault((table, json.dumps(cell)), []).append(Entrant(table, arm, cell))
+                    overrides = value if isinstance(value, Mapping) else {key: value}
+                    (arm if key in IDENTITY else condition).update(overrides)
+                self.races.setdefault((table, json.dumps(condition)), []).append(Entrant(table, arm, condition))
         first: dict[tuple[str, str], Entrant] = {}
         for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
-            job = self._job(entrant, rate, seed)
+            job = self.job(entrant, rate, seed)
             if (entrant.table, job.name) in first:
-                given, twin = ({**e.arm, **e.cell} for e in (entrant, first[entrant.table, job.name]))
+                this, twin = ({**e.arm, **e.condition} for e in (entrant, first[entrant.table, job.name]))
                 raise InputError(
-                    f"compare lists the same run twice: {shown(given)} and {shown(twin)} are both {job.arm}, learning "
+                    f"compare lists the same run twice: {shown(this)} and {shown(twin)} are both {job.arm}, learning "
                     f"rate {rate:g}, seed {seed}. Take one out: a run counts once."
                 )
             first[entrant.table, job.name] = entrant
@@ -110,34 +111,34 @@ class Plan:
 
     def jobs(self, done: Done) -> list[Job]:
         """Every run that can be known from the finished ones, in the order in which to run them."""
-        found: dict[str, Job] = {}
+        jobs: dict[str, Job] = {}
 
         def add(entrant: Entrant, rate: float, seed: int, stage: str) -> None:
-            job = self._job(entrant, rate, seed)
-            tables = found[job.name].tables if job.name in found else ()
-            found[job.name] = replace(job, tables=tuple(dict.fromkeys([*tables, entrant.table])), stage=stage)
+            job = self.job(entrant, rate, seed)
+            tables = jobs[job.name].tables if job.name in jobs else ()
+            jobs[job.name] = replace(job, tables=tuple(dict.fromkeys([*tables, entrant.table])), stage=stage)
 
         if not self.protocol.seeds:
             for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
                 add(entrant, rate, seed, "")
-            return list(found.values())
+            return list(jobs.values())
         confirmed = []
         for race in self.races.values():
-            rates, settled = self._rates(race, done)
+            rates, settled = self.grid_of(race, done)
             for entrant, rate in itertools.product(race, rates):
                 add(entrant, rate, self.seeds[0], "choice")
             if settled:
-                best = [(entrant, self._best(entrant, rates, done)) for entrant in race]
+                best = [(entrant, self.best_rate(entrant, rates, done)) for entrant in race]
                 confirmed += [(entrant, rate) for entrant, rate in best if rate is not None]
         for entrant, rate in confirmed:
             for seed in self.protocol.seeds:
                 add(entrant, rate, seed, "confirmation")
-        return list(found.values())
+        return list(jobs.values())
 
     def _entrants(self) -> list[Entrant]:
         return [entrant for race in self.races.values() for entrant in race]
 
-    def _rates(self, race: Sequence[Entrant], done: Done) -> tuple[list[float], bool]:
+    def grid_of(self, race: Sequence[Entrant], done: Done) -> tuple[list[float], bool]:
         """The grid of one race, and whether it is settled.
 
         It grows by one rate beyond an edge, for every arm alike, as long as some arm has its best there; an arm that
@@ -146,8 +147,8 @@ class Plan:
         rates = sorted(self.rates)
         below, above = rates[0] / rates[1], rates[-1] / rates[-2]
         left = {0: self.protocol.extensions, -1: self.protocol.extensions}
-        while all(self._job(e, rate, self.seeds[0]).name in done for e in race for rate in rates):
-            best = [self._best(entrant, rates, done) for entrant in race]
+        while all(self.job(e, rate, self.seeds[0]).name in done for e in race for rate in rates):
+            best = [self.best_rate(entrant, rates, done) for entrant in race]
             edges = [0] * any(b in (None, rates[0]) for b in best) + [-1] * any(b == rates[-1] for b in best)
             edges = [edge for edge in edges if left[edge]]
             if not edges:
@@ -158,13 +159,15 @@ class Plan:
                 left[edge] -= 1
         return rates, False
 
-    def _best(self, entrant: Entrant, rates: Sequence[float], done: Done) -> float | None:
-        losses = {rate: done[self._job(entrant, rate, self.seeds[0]).name] for rate in rates}
-        held = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return min(held, key=lambda rate: held[rate]) if held else None
+    def best_rate(self, entrant: Entrant, rates: Sequence[float], done: Done) -> float | None:
+        """The learning rate of the lowest loss; None where every one failed."""
+        losses = {rate: done[self.job(entrant, rate, self.seeds[0]).name] for rate in rates}
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(finite, key=lambda rate: finite[rate]) if finite else None
 
-    def _job(self, entrant: Entrant, rate: float, seed: int) -> Job:
-        overrides = {**entrant.arm, **entrant.cell}
+    def job(self, entrant: Entrant, rate: float, seed: int) -> Job:
+        """The run of an arm under its condition, at one learning rate and seed."""
+        overrides = {**entrant.arm, **entrant.condition}
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
@@ -182,13 +185,13 @@ class Plan:
             folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:_LONGEST_FOLDER] + f"-{digest}"
             extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
             arm = " ".join([placement, rule, *extras])
-            job = Job(folder, overrides, recipe, arm, entrant.cell, (entrant.table,))
+            job = Job(folder, overrides, recipe, arm, entrant.condition, (entrant.table,))
             # one run, however its arm is spelled: a placement's own depth rule may be said or not
             self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]
 
     def _resolve(self, recipe: Recipe) -> tuple[SpanNormConfig, str]:
-        """What a recipe's model comes to, and all of it but for the seed of its weights as text."""
+        """A recipe's model configuration, and all of it but the seed of its weights as text."""
         run = run_recipe(recipe)
         key = json.dumps([run["model"], run["data"], {k: v for k, v in run["train"].items() if k not in _OF_A_RUN}])
         if key not in self._resolved:
@@ -214,26 +217,26 @@ class Plan:
     def _checked_pairs(self) -> list[tuple[str, str, str]]:
         """Each pair in each table that has both: table and full names."""
         pairs = []
-        for given in self.protocol.pairs:
-            if len(given) != 2:
-                raise InputError(f"compare.protocol.pairs takes two arms each; got {list(given)}.")
-            found = []
+        for pair in self.protocol.pairs:
+            if len(pair) != 2:
+                raise InputError(f"compare.protocol.pairs takes two arms each; got {list(pair)}.")
+            in_tables = []
             for table in dict.fromkeys(entrant.table for entrant in self._entrants()):
                 arms = dict.fromkeys(
-                    self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants() if e.table == table
+                    self.job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants() if e.table == table
                 )
-                first, second = (arms_named(name, arms) for name in given)
+                first, second = (arms_named(name, arms) for name in pair)
                 if len(first) > 1 or len(second) > 1 or (first and first == second):
                     raise InputError(
-                        f"compare.protocol.pairs must name two different arms each, and no more: {list(given)} can be "
+                        f"compare.protocol.pairs must name two different arms each, and no more: {list(pair)} can be "
                         f"{', '.join([*first, *second])}."
                     )
-                found += [(table, first[0], second[0])] if first and second else []
-            if not found:
-                every = dict.fromkeys(self._job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants())
-                wrong = next((name for name in given if not arms_named(name, every)), given[0])
+                in_tables += [(table, first[0], second[0])] if first and second else []
+            if not in_tables:
+                every = dict.fromkeys(self.job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants())
+                wrong = next((name for name in pair if not arms_named(name, every)), pair[0])
                 raise unknown("arm in compare.protocol.pairs", wrong, every)
-            pairs += found
+            pairs += in_tables
         return pairs
 
     def _check_protocol(self) -> None:

@@ -1,4 +1,4 @@
-"""Running a comparison's jobs: as many at once as there are places, each a process of its own that can be killed."""
+"""Running a comparison's jobs: as many at once as there are slots, each a process of its own that can be killed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from spannorm.errors import Interrupted, Stopped
 from spannorm.files import checked, read_json, write_text
 from spannorm.folders import own_folder
 from spannorm.lab.jobs.plan import Done, Job
+from spannorm.lab.results.files import JobResult
 from spannorm.models import SpanNormConfig
 from spannorm.train.checkpoints import rotate
 from spannorm.train.display import Board, Row
@@ -43,31 +44,31 @@ class Started(Protocol):
 class Pool(Protocol):
     """Where jobs run: this machine's cores or GPUs, or a cluster (spannorm.lab.jobs.slurm)."""
 
-    places: list[dict[str, str]]
-    """One for each job that may run at once: what its environment has besides."""
+    slots: list[dict[str, str]]
+    """One for each job that may run at once: the environment variables that the job is given."""
     farewell: str
     """What Ctrl-C says, once running jobs have been asked to save or left alone."""
 
     def batch(self) -> AbstractContextManager[None]: ...
-    def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes], /) -> Started: ...
+    def start(self, command: Sequence[str], folder: Path, slot: Mapping[str, str], log: IO[bytes], /) -> Started: ...
 
 
-class Here:
+class LocalPool:
     """This machine, for one Runner."""
 
     farewell = "stopped, every running job saved"
 
-    def __init__(self, places: list[dict[str, str]]) -> None:
-        self.places = places
+    def __init__(self, slots: list[dict[str, str]]) -> None:
+        self.slots = slots
 
     def batch(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes]) -> Started:
+    def start(self, command: Sequence[str], folder: Path, slot: Mapping[str, str], log: IO[bytes]) -> Started:
         # Its own process group: Ctrl-C reaches this process alone, which then asks each worker to save and stop.
         return subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": _python_path(), **place},
+            env={**os.environ, "PYTHONPATH": _python_path(), **slot},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -102,11 +103,11 @@ class Runner:
         self._read: dict[str, int] = {}
         self._configs: dict[str, SpanNormConfig] = {}
         self._running: dict[str, tuple[Started, dict[str, str], IO[bytes]]] = {}
-        self.look()
-        self.pool = pool or Here(places(self.jobs[0].recipe.train.threads, at_once))
-        self._free = list(self.pool.places)
+        self.update()
+        self.pool = pool or LocalPool(slots(self.jobs[0].recipe.train.threads, at_once))
+        self._free = list(self.pool.slots)
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Read what is finished, and plan as far as that allows."""
         known = -1
         while known < len(self.results):
@@ -137,7 +138,7 @@ class Runner:
                     time.sleep(0.25)
                     ended = [job for job in self.jobs if job.name in self._running and self._follow(job)]
                     if ended:
-                        self.look()
+                        self.update()
                         board.rows = list(self.rows.values())
                         on_finish()
                     board.refresh()
@@ -169,12 +170,12 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         command = [*self._prepared(job), "--worker"]
-        place = self._free.pop(0)
+        slot = self._free.pop(0)
         # not through a symbolic link; closed when the job has ended
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         log = open(os.open(self.folder(job) / "log.txt", flags, 0o666), "ab")  # noqa: SIM115
-        process = self.pool.start(command, self.folder(job), place, log)
-        self._running[job.name] = process, place, log
+        process = self.pool.start(command, self.folder(job), slot, log)
+        self._running[job.name] = process, slot, log
         self.rows[job.name].status = "running"
 
     def _follow(self, job: Job) -> bool:
@@ -195,9 +196,9 @@ class Runner:
             row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
         if code is None:
             return False
-        _, place, log = self._running.pop(job.name)
+        _, slot, log = self._running.pop(job.name)
         log.close()
-        self._free.append(place)
+        self._free.append(slot)
         return True
 
     def _stop(self) -> None:
@@ -214,16 +215,16 @@ class Runner:
         """Whether every job has a result, if only that it failed to train."""
         return all(job.name in self.results for job in self.jobs)
 
-    def arms(self) -> list[dict[str, Any]]:
-        """Every job's row of `results.json`: its result, or how far it came."""
-        rows = []
+    def job_results(self) -> list[JobResult]:
+        """Every job as `results.json` has it: its result, or how far it came."""
+        results = []
         for job in self.jobs:
             row = self.rows[job.name]
             known = {
                 "job": job.name,
                 "tables": list(job.tables),
                 "arm": job.arm,
-                "cell": dict(job.cell),
+                "condition": dict(job.condition),
                 "stage": job.stage,
                 "overrides": dict(job.overrides),
                 "placement": row.placement,
@@ -235,22 +236,22 @@ class Runner:
                 "steps": row.steps,
                 "steps_done": row.step,
             }
-            rows.append({**known, **self.results.get(job.name, {})})
-        return rows
+            results.append({**known, **self.results.get(job.name, {})})
+        return results
 
 
 def _python_path() -> str:
     """Where a worker finds this package. `-P` keeps the current directory out of its search: only what was installed
     or named is imported."""
-    here, given = str(Path(spannorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join(dict.fromkeys(filter(None, [*given, here])))
+    package, path = str(Path(spannorm.__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(filter(None, [*path, package])))
 
 
 def _outcome(result: Mapping[str, Any]) -> float | None:
     return None if result["status"] == "failed" else result["val_loss"]
 
 
-def places(threads: int, at_once: int = 0) -> list[dict[str, str]]:
+def slots(threads: int, at_once: int = 0) -> list[dict[str, str]]:
     """The environment of each job that may run at once: a GPU each, or its share of the cores.
 
     Args:

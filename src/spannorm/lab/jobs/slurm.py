@@ -85,7 +85,7 @@ class Cluster:
         self.folder = folder.absolute()
         self._slurm = executor is None
         self.executor = slurm_executor(self.folder, settings) if executor is None else executor
-        self.places: list[dict[str, str]] = [{} for _ in range(int(settings.get("array_parallelism", AT_ONCE)))]
+        self.slots: list[dict[str, str]] = [{} for _ in range(int(settings.get("array_parallelism", AT_ONCE)))]
         self._new: list[Submitted] = []
         self._listed: tuple[float, set[str]] = (-1e9, set())
 
@@ -100,7 +100,7 @@ class Cluster:
             self.note(job)
         self._new = []
 
-    def start(self, command: Sequence[str], folder: Path, place: Mapping[str, str], log: IO[bytes]) -> Submitted:
+    def start(self, command: Sequence[str], folder: Path, slot: Mapping[str, str], log: IO[bytes]) -> Submitted:
         """Submit a job, or find it where it has been submitted already."""
         known = self._find(folder)
         job = Submitted(self, [*command], folder, known)
@@ -131,11 +131,11 @@ class Cluster:
         """Whether a job is no longer in the queue; Slurm is asked every ten seconds, for all jobs at once."""
         if not self._slurm:
             return bool(job.done())
-        asked, there = self._listed
+        asked, queued = self._listed
         if time.monotonic() - asked > 10:
-            there = _queue()
-            self._listed = time.monotonic(), there
-        return job.job_id not in there
+            queued = _queue()
+            self._listed = time.monotonic(), queued
+        return job.job_id not in queued
 
     def submitted_now(self, job: Any) -> None:
         """Count a new job as queued until Slurm is asked next."""

@@ -52,16 +52,16 @@ class Fit:
     """log of measured over fitted loss, in the order of the points."""
 
     def loss(self, arm: str, *values: float) -> float:
-        """What an arm is fitted to come to, nats per token."""
+        """The loss that is fitted to an arm, nats per token."""
         terms = zip(self.powers[arm], values, self.scales, strict=True)
-        return self.irreducible + sum(a * (value / scale) ** -power for (a, power), value, scale in terms)
+        return self.irreducible + float(sum(a * (value / scale) ** -power for (a, power), value, scale in terms))
 
     def compute(self, arm: str, loss: float) -> float:
-        """The compute at which an arm is fitted to come to a loss, of a curve of one term; infinite at E and below."""
+        """The compute at which an arm's curve (of one term) reaches a loss; infinite at E and below."""
         ((a, power),) = self.powers[arm]
         if loss <= self.irreducible:
             return math.inf
-        return self.scales[0] * (a / (loss - self.irreducible)) ** (1 / power)
+        return float(self.scales[0] * (a / (loss - self.irreducible)) ** (1 / power))
 
     def multiplier(self, first: str, second: str, loss: float) -> float:
         """How many times the first's compute the second takes to the same loss: above 1 the first saves compute."""
@@ -80,11 +80,11 @@ def fit(points: Sequence[Point], terms: Sequence[Term] = COMPUTE, start: Fit | N
     values = np.array([[term(p) for term in terms] for p in points])
     scales = np.exp(np.log(values).mean(axis=0)) if start is None else np.array(start.scales)
     x, y = np.log(values / scales), np.array([p.loss for p in points])
-    which = np.array([arms.index(p.arm) for p in points])
+    arm_of = np.array([arms.index(p.arm) for p in points])
     lowest, k = y.min(), len(terms)
 
     def predicted(theta: np.ndarray) -> np.ndarray:
-        amplitude, power = theta[1:].reshape(len(arms), k, 2)[which].transpose(2, 0, 1)
+        amplitude, power = theta[1:].reshape(len(arms), k, 2)[arm_of].transpose(2, 0, 1)
         total: np.ndarray = theta[0] + np.exp(amplitude - np.exp(power) * x).sum(axis=1)
         return total
 
@@ -92,8 +92,8 @@ def fit(points: Sequence[Point], terms: Sequence[Term] = COMPUTE, start: Fit | N
         bounds = np.full(len(theta), -np.inf), np.full(len(theta), np.inf)
         bounds[0][0], bounds[1][0] = 0.0, lowest * 0.999
         bounds[0][2::2], bounds[1][2::2] = math.log(1e-3), math.log(3.0)
-        found = least_squares(lambda t: np.log(predicted(t) / y), theta, bounds=bounds, x_scale="jac")
-        return float(found.cost), found.x
+        solution = least_squares(lambda t: np.log(predicted(t) / y), theta, bounds=bounds, x_scale="jac")
+        return float(solution.cost), solution.x
 
     if start is None:
         starts = []
@@ -137,9 +137,9 @@ def bootstrap(
     points: Sequence[Point], measure: Callable[[Fit], Sequence[float]], draws: int = 400
 ) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % interval of each number that `measure` reads off a fit: percentiles over bootstrap samples."""
-    start, arms, found = fit(points), {p.arm for p in points}, []
+    start, arms, measured = fit(points), {p.arm for p in points}, []
     for sample in resampled(points, draws):
         if {p.arm for p in sample} == arms:
-            found.append(measure(fit(sample, start=start)))
-    low, high = np.percentile(np.array(found), [2.5, 97.5], axis=0)
+            measured.append(measure(fit(sample, start=start)))
+    low, high = np.percentile(np.array(measured), [2.5, 97.5], axis=0)
     return low, high

@@ -1,4 +1,4 @@
-"""What a ladder comes to: curves, compute multipliers with intervals, the prediction of the largest size, and words.
+"""A ladder's results: curves, compute multipliers with intervals, the prediction of the largest size, and words.
 
 Reads the rows of finished runs alone, so that it can be made again on another machine.
 """
@@ -25,7 +25,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 def points(plan: LadderPlan, results: Results, done: Done, held_out: bool = True) -> list[Point]:
     """The finished runs that curves go through: of each rung the arm's own rate, without those that failed."""
-    found = []
+    points = []
     for step in plan.steps(done):
         result = results.get(step.job.name)
         if result is None or result["status"] == "failed" or (step.stage == HELD_OUT and not held_out):
@@ -34,8 +34,8 @@ def points(plan: LadderPlan, results: Results, done: Done, held_out: bool = True
         rate = own_rate(plan, arm, i, done)
         if rate is not None and step.job.recipe.train.learning_rate == rate:
             rung = step.rung
-            found.append(Point(arm, i, step.job.recipe.train.seed, rung.parameters, rung.tokens, result["test_loss"]))
-    return found
+            points.append(Point(arm, i, step.job.recipe.train.seed, rung.parameters, rung.tokens, result["test_loss"]))
+    return points
 
 
 def own_rate(plan: LadderPlan, arm: str, i: int, done: Done) -> float | None:
@@ -80,7 +80,7 @@ def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | N
     known = points(plan, results, done)
     main = [p for p in known if p.rung < plan.sizes]
     main = [p for p in main if len({q.rung for q in main if q.arm == p.arm}) >= 3]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "rungs": [_rung(rung) for rung in plan.rungs],
         "points": [_point(p, plan.rungs[p.rung]) for p in known],
         "rates": _rates(plan, done),
@@ -90,17 +90,17 @@ def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | N
     }  # fmt: skip
     if main:
         curve = fit(main)
-        found["fit"] = _fit(curve, [{"arm": p.arm, "rung": p.rung, "seed": p.seed} for p in main])
-        found["pairs"] = [
+        result["fit"] = _fit(curve, [{"arm": p.arm, "rung": p.rung, "seed": p.seed} for p in main])
+        result["pairs"] = [
             _pair(curve, main, plan, first, second)
             for _, first, second in plan.plan.pairs
             if first in curve.powers and second in curve.powers
         ]
     every = [p for p in known if len({(q.parameters, q.tokens) for q in known if q.arm == p.arm}) >= 6]
     if every and any(rung.kind == "tokens" for rung in plan.rungs):
-        found["fit_size_and_tokens"] = _fit(fit(every, SIZE_AND_TOKENS), [])
-    found["words"] = words(found)
-    return found
+        result["fit_size_and_tokens"] = _fit(fit(every, SIZE_AND_TOKENS), [])
+    result["words"] = words(result)
+    return result
 
 
 def _rung(rung: Rung) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _rates(plan: LadderPlan, done: Done) -> dict[str, dict[str, float | None]]:
 
 def _checks(plan: LadderPlan, results: Results, done: Done) -> list[dict[str, Any]]:
     """Of each arm, how the carried rate did at the first size beyond, beside half and twice of it."""
-    found, i = [], plan.recipe.ladder.rate_sizes
+    checks, i = [], plan.recipe.ladder.rate_sizes
     for arm in plan.arms:
         carried = own_rate(plan, arm, i, done)
         losses = {
@@ -139,8 +139,8 @@ def _checks(plan: LadderPlan, results: Results, done: Done) -> list[dict[str, An
         }  # fmt: skip
         if carried is not None and losses:
             best = min(losses, key=lambda rate: losses[rate])
-            found.append({"arm": arm, "rung": plan.rungs[i].name, "carried": carried, "losses": losses, "best": best})
-    return found
+            checks.append({"arm": arm, "rung": plan.rungs[i].name, "carried": carried, "losses": losses, "best": best})
+    return checks
 
 
 def _held_out(plan: LadderPlan, main: Sequence[Point], predicted: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -148,10 +148,10 @@ def _held_out(plan: LadderPlan, main: Sequence[Point], predicted: Mapping[str, A
     if predicted is None:
         return None
     losses = {}
-    for arm, said in predicted["losses"].items():
+    for arm, forecast in predicted["losses"].items():
         measured = [p.loss for p in main if p.arm == arm and p.rung == plan.sizes - 1]
         mean = math.fsum(measured) / len(measured) if measured else None
-        losses[arm] = {**said, "measured": mean, "error": None if mean is None else mean - said["loss"]}
+        losses[arm] = {**forecast, "measured": mean, "error": None if mean is None else mean - forecast["loss"]}
     return {"rung": predicted["rung"], "losses": losses}
 
 
@@ -177,43 +177,44 @@ def _pair(curve: Fit, main: Sequence[Point], plan: LadderPlan, first: str, secon
     return {"first": first, "second": second, "multipliers": rows, "trend": trend}
 
 
-def words(found: Mapping[str, Any]) -> list[str]:
+def words(result: Mapping[str, Any]) -> list[str]:
     """What the numbers say, in sentences."""
-    said_of: list[str] = []
-    for pair in found["pairs"]:
+    sentences: list[str] = []
+    for pair in result["pairs"]:
         last = [row for row in pair["multipliers"] if not row["extrapolated"]][-1]
         numbers = f"{last['multiplier']:.2f}, 95 % interval {last['low']:.2f} to {last['high']:.2f}"
         if last["low"] > 1:
-            said = f"{pair['first']} saves compute over {pair['second']}"
+            statement = f"{pair['first']} saves compute over {pair['second']}"
         elif last["high"] < 1:
-            said = f"{pair['first']} needs more compute than {pair['second']}"
+            statement = f"{pair['first']} needs more compute than {pair['second']}"
         else:
-            said = f"no difference in compute shown between {pair['first']} and {pair['second']}"
+            statement = f"no difference in compute shown between {pair['first']} and {pair['second']}"
         trend = pair["trend"]
         way = "grows" if trend["low"] > 0 else "shrinks" if trend["high"] < 0 else "shows no trend"
-        said_of.append(f"{said} at {last['compute']:.2g} operations: compute multiplier {numbers}; with size it {way}")
-    for arm, said in ((found["prediction"] or {}).get("losses") or {}).items():
-        if said["error"] is not None:
-            inside = "inside" if said["low"] <= said["measured"] <= said["high"] else "outside"
-            said_of.append(
-                f"{arm}: the largest size was predicted to come to {said['loss']:.4f} ({said['low']:.4f} to "
-                f"{said['high']:.4f}) and came to {said['measured']:.4f}, {inside} the interval"
+        where = f"{last['compute']:.2g} operations"
+        sentences.append(f"{statement} at {where}: compute multiplier {numbers}; with size it {way}")
+    for arm, loss in ((result["prediction"] or {}).get("losses") or {}).items():
+        if loss["error"] is not None:
+            inside = "inside" if loss["low"] <= loss["measured"] <= loss["high"] else "outside"
+            sentences.append(
+                f"{arm}: the largest size was predicted to come to {loss['loss']:.4f} ({loss['low']:.4f} to "
+                f"{loss['high']:.4f}) and came to {loss['measured']:.4f}, {inside} the interval"
             )
-    for arm, rates in found["rates"].items():
+    for arm, rates in result["rates"].items():
         if not any(rates.values()):
-            said_of.append(f"{arm} failed at every learning rate of the smallest sizes: it has no curve")
-    for check in found["checks"]:
+            sentences.append(f"{arm} failed at every learning rate of the smallest sizes: it has no curve")
+    for check in result["checks"]:
         if check["best"] != check["carried"]:
-            said_of.append(
+            sentences.append(
                 f"{check['arm']}: at {check['rung']} the carried learning rate {check['carried']:g} is not the best of "
                 f"three; {check['best']:g} is"
             )
-    return said_of
+    return sentences
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
+def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """The multipliers and the words, for a terminal."""
-    for pair in found["pairs"]:
+    for pair in result["pairs"]:
         yield f"compute multiplier of {pair['first']} over {pair['second']}"
         for row in pair["multipliers"]:
             mark = "  extrapolated" if row["extrapolated"] else ""
@@ -221,4 +222,4 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
                 f"  {row['compute']:.2e} operations  {row['multiplier']:6.3f}  "
                 f"({row['low']:.3f} to {row['high']:.3f}){mark}"
             )
-    yield from found["words"]
+    yield from result["words"]

@@ -3,7 +3,7 @@
     1. rate      the smallest sizes try every learning rate, the grid growing beyond its edges for every arm alike
     2. check     at the next size each arm's best rate, carried up as 1 ∕ width, beside half and twice of it
     3. rung      every size but the last at its rate, and the side ladders of tokens and depth
-    4. held out  the last size, once `prediction.json` says what it is predicted to come to
+    4. held out  the last size, once `prediction.json` holds what is predicted of it
 
 The same plan comes of the same finished runs.
 """
@@ -61,7 +61,7 @@ class LadderPlan:
     @property
     def arms(self) -> list[str]:
         """Full names, in the order of the recipe."""
-        return [self.plan._job(e, self.plan.rates[0], self.plan.seeds[0]).arm for e in self.entrants[0]]
+        return [self.plan.job(e, self.plan.rates[0], self.plan.seeds[0]).arm for e in self.entrants[0]]
 
     @property
     def largest(self) -> Needs | None:
@@ -75,25 +75,27 @@ class LadderPlan:
 
     def jobs(self, done: Done, sealed: bool = True) -> list[Job]:
         """What can be run, in its order. Without `sealed` the largest size waits for its prediction."""
-        return [replace(step.job, cell={"rung": step.rung.name}, stage=step.stage) for step in self.steps(done, sealed)]
+        steps = self.steps(done, sealed)
+        return [replace(step.job, condition={"rung": step.rung.name}, stage=step.stage) for step in steps]
 
     def steps(self, done: Done, sealed: bool = True) -> list[Step]:
-        found: dict[str, Step] = {}
+        """As `jobs`, each with its rung and stage."""
+        steps: dict[str, Step] = {}
 
         def add(i: int, entrant: Entrant, rate: float, seed: int, stage: str) -> None:
-            job = self.plan._job(entrant, rate, seed)
-            found.setdefault(job.name, Step(job, self.rungs[i], stage))
+            job = self.plan.job(entrant, rate, seed)
+            steps.setdefault(job.name, Step(job, self.rungs[i], stage))
 
         last, ladder, seed = self.sizes - 1, self.recipe.ladder, self.recipe.train.seed
         settled = True
         for i in range(ladder.rate_sizes):
-            rates, ready = self.plan._rates(self.entrants[i], done)
+            rates, ready = self.plan.grid_of(self.entrants[i], done)
             settled &= ready
             for entrant in self.entrants[i]:
                 for rate in rates:
                     add(i, entrant, rate, seed, RATE_STAGE)
         if not settled:
-            return list(found.values())
+            return list(steps.values())
         for arm in range(len(self.entrants[0])):
             best = self.best(arm, ladder.rate_sizes - 1, done)
             if best is None:
@@ -105,14 +107,14 @@ class LadderPlan:
             for i in [i for i in range(len(self.rungs)) if i != last]:
                 own = self.best(arm, i, done) if i < ladder.rate_sizes else self.carried(best, i)
                 if own is not None:
-                    for one in self.seeds_of(i):
-                        add(i, self.entrants[i][arm], own, one, RUNG)
-        if sealed and all(name in done for name in found):
+                    for fresh in self.seeds_of(i):
+                        add(i, self.entrants[i][arm], own, fresh, RUNG)
+        if sealed and all(name in done for name in steps):
             for arm in range(len(self.entrants[0])):
                 if (best := self.best(arm, ladder.rate_sizes - 1, done)) is not None:
-                    for one in self.seeds_of(last):
-                        add(last, self.entrants[last][arm], self.carried(best, last), one, HELD_OUT)
-        return list(found.values())
+                    for fresh in self.seeds_of(last):
+                        add(last, self.entrants[last][arm], self.carried(best, last), fresh, HELD_OUT)
+        return list(steps.values())
 
     def seeds_of(self, i: int) -> Sequence[int]:
         seeded = self.sizes - self.recipe.ladder.seeded_sizes <= i < self.sizes
@@ -120,8 +122,8 @@ class LadderPlan:
 
     def best(self, arm: int, i: int, done: Done) -> float | None:
         """An arm's best rate at one of the smallest sizes."""
-        rates, _ = self.plan._rates(self.entrants[i], done)
-        return self.plan._best(self.entrants[i][arm], rates, done)
+        rates, _ = self.plan.grid_of(self.entrants[i], done)
+        return self.plan.best_rate(self.entrants[i][arm], rates, done)
 
     def carried(self, best: float, i: int) -> float:
         """The best rate of the last of the smallest sizes, times its width over this one's."""

@@ -12,13 +12,14 @@ import torch
 
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
+from spannorm.lab.jobs.cost import config_without_tokens
 from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe
-from spannorm.train.run import RESULT, model_config
+from spannorm.train.run import RESULT
 
 PREDICTION = "prediction.json"
 _TIMED_TOKENS = 1024
@@ -31,9 +32,9 @@ def sealed(plan: LadderPlan, out: Path) -> Callable[[Done], list[Job]]:
         path = out / PREDICTION
         if not path.is_file():
             results = {name: read_json(out / "jobs" / name / RESULT, dict) for name in done}
-            if (said := prediction(plan, results, done)) is None:
+            if (forecast := prediction(plan, results, done)) is None:
                 return plan.jobs(done, sealed=False)
-            write_json(path, said)
+            write_json(path, forecast)
         return plan.jobs(done)
 
     return jobs
@@ -70,7 +71,7 @@ def forecast(recipe: Recipe) -> Forecast:
              f"{'operations':>10} {'runs':>4} {'hours':>6}"]  # fmt: skip
     runs, compute, hours = 0, 0.0, 0.0
     for i, rung in enumerate(plan.rungs):
-        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan._job(plan.entrants[i][0], 1e-3, 0)) / 3600
+        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.entrants[i][0], 1e-3, 0)) / 3600
         runs, compute, hours = runs + counts[i], compute + counts[i] * rung.compute, hours + own
         lines.append(
             f"{rung.kind + ': ' + rung.name:36} {f'{rung.blocks} × {rung.width}':>15} {rung.heads:>5} {rung.ffn:>5} "
@@ -99,7 +100,7 @@ def _counts(plan: LadderPlan) -> list[int]:
 
 def _seconds_per_token(job: Job) -> float:
     t = job.recipe.train
-    model = SpanNormForCausalLM(model_config(job.recipe)).train()
+    model = SpanNormForCausalLM(config_without_tokens(job.recipe)).train()
     if torch.cuda.is_available():
         model.cuda()
     ids = torch.zeros(max(1, _TIMED_TOKENS // t.sequence_length), t.sequence_length, dtype=torch.long)

@@ -67,20 +67,27 @@ def block_parameters(width: int, ffn: int) -> int:
     return 4 * width * width + 3 * width * ffn
 
 
+def heads_of(width: int, head_size: int) -> int:
+    """How many heads share a width evenly, each of an even size as near to `head_size` as can be."""
+    shares = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+    return min(shares, key=lambda n: abs(math.log(width / n / head_size)))
+
+
 def shape(parameters: float, aspect: float, head_size: int, blocks: int = 0) -> tuple[int, int]:
     """Blocks and width of a model of about so many parameters.
 
-    Of all widths of whole heads the one whose width per block is nearest to `aspect` (on a log scale, parameters
-    weighing four times as much), or, where `blocks` is given, whose parameters are nearest.
+    Of all multiples of half a head the width whose width per block is nearest to `aspect` (on a log scale, parameters
+    weighing four times as much). Where `blocks` is given, of all multiples of an eighth of a head the one whose
+    parameters are nearest.
     """
-    found: list[tuple[float, int, int]] = []
-    for heads in range(1, 1 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / head_size) + 1):
-        width = heads * head_size
+    shapes: list[tuple[float, int, int]] = []
+    step = max(2, 2 * (head_size // (16 if blocks else 4)))
+    for width in range(step, step * (2 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / step)), step):
         own = block_parameters(width, ffn_size(width))
         depth = blocks or max(1, round(parameters / own))
         off = abs(math.log(depth * own / parameters))
-        found.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
-    _, depth, width = min(found)
+        shapes.append((4 * off + (0 if blocks else abs(math.log(width / (depth * aspect)))), depth, width))
+    _, depth, width = min(shapes)
     return depth, width
 
 
@@ -92,6 +99,36 @@ def rungs(recipe: Recipe) -> list[Rung]:
     """
     ladder, t = recipe.ladder, recipe.train
     sizes = ladder.sizes
+    _check_sizes(recipe)
+    side = sizes[ladder.side]
+    wanted = [("size", size, ladder.tokens_per_parameter, 0) for size in sizes]
+    wanted += [("tokens", side, ratio, 0) for ratio in ladder.token_ratios]
+    wanted += [("depth", side, ladder.tokens_per_parameter, depth) for depth in ladder.depths]
+    rungs: list[Rung] = []
+    first = 0.0
+    for kind, size, ratio, depth in wanted:
+        blocks, width = shape(size, ladder.aspect, ladder.head_size, depth)
+        ffn = ffn_size(width)
+        tokens = ratio * blocks * block_parameters(width, ffn)
+        first = first or tokens
+        batch = max(1, round(t.batch_size * (tokens / first) ** ladder.batch_exponent))
+        steps = max(2, round(tokens / (batch * t.sequence_length)))
+        warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
+        heads = heads_of(width, ladder.head_size)
+        rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
+        twin = next((r for r in rungs if r.overrides == rung.overrides), None)
+        if twin is not None and kind == "size":
+            raise InputError(
+                f"ladder.sizes {short(size)} comes to the same model as the one before it, {twin.name}: choose sizes "
+                "further apart, or a smaller ladder.head_size."
+            )
+        rungs += [] if twin is not None else [rung]
+    return rungs
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuse too few sizes, sizes that do not ascend, and a model whose sizes are given."""
+    ladder, sizes = recipe.ladder, recipe.ladder.sizes
     if len(sizes) < 4:
         raise InputError(
             "ladder.sizes takes four sizes or more: three to fit a curve through, and the largest, which is predicted "
@@ -106,27 +143,3 @@ def rungs(recipe: Recipe) -> list[Rung]:
             )
     if given := sorted({"num_hidden_layers", "hidden_size", "intermediate_size"} & set(recipe.model)):
         raise InputError(f"a ladder chooses the model's sizes: take {', '.join(given)} out of the model section.")
-    side = sizes[ladder.side]
-    wanted = [("size", size, ladder.tokens_per_parameter, 0) for size in sizes]
-    wanted += [("tokens", side, ratio, 0) for ratio in ladder.token_ratios]
-    wanted += [("depth", side, ladder.tokens_per_parameter, depth) for depth in ladder.depths]
-    found: list[Rung] = []
-    first = 0.0
-    for kind, size, ratio, depth in wanted:
-        blocks, width = shape(size, ladder.aspect, ladder.head_size, depth)
-        ffn = ffn_size(width)
-        tokens = ratio * blocks * block_parameters(width, ffn)
-        first = first or tokens
-        batch = max(1, round(t.batch_size * (tokens / first) ** ladder.batch_exponent))
-        steps = max(2, round(tokens / (batch * t.sequence_length)))
-        warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
-        heads = width // ladder.head_size
-        rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
-        twin = next((r for r in found if r.overrides == rung.overrides), None)
-        if twin is not None and kind == "size":
-            raise InputError(
-                f"ladder.sizes {short(size)} comes to the same model as the one before it, {twin.name}: choose sizes "
-                "further apart, or a smaller ladder.head_size."
-            )
-        found += [] if twin is not None else [rung]
-    return found

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spannorm.lab.report.figures.conditions import final_losses
-from spannorm.lab.results.arms import Arm
+from spannorm.lab.report.arms import Arm
 from spannorm.lab.results.statistics import Estimate, estimate
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One combination."""
+class Combination:
+    """A placement with a depth rule (and what else the arm overrides)."""
 
     loss: Estimate | None
-    """Of the seeds that held."""
+    """Of the seeds that did not fail."""
     failed: int
     seeds: int
     learning_rate: float | None
@@ -27,19 +26,18 @@ class Ablation:
 
     placements: list[str]
     variants: list[str]
-    entries: dict[tuple[str, str], Entry]
+    combinations: dict[tuple[str, str], Combination]
 
 
 def ablation(arms: Sequence[Arm]) -> Ablation | None:
     """The table, where at least two placements share at least two variants."""
-    entries = {}
+    combinations = {}
     for arm in arms:
         failed = sum(run.status == "failed" for run in arm.runs)
-        entries[arm.placement, arm.variant] = Entry(
-            estimate(final_losses(arm)), failed, len(arm.runs), arm.learning_rate
-        )
+        loss = estimate(arm.final_losses)
+        combinations[arm.placement, arm.variant] = Combination(loss, failed, len(arm.runs), arm.learning_rate)
     variants = list(dict.fromkeys(arm.variant for arm in sorted(arms, key=lambda a: (a.variant != "none", a.variant))))
-    shared = [v for v in variants if sum((arm.placement, v) in entries for arm in arms if arm.variant == v) > 1]
+    shared = [v for v in variants if sum((arm.placement, v) in combinations for arm in arms if arm.variant == v) > 1]
     if len(shared) < 2:
         return None
-    return Ablation(sorted({arm.placement for arm in arms}), variants, entries)
+    return Ablation(sorted({arm.placement for arm in arms}), variants, combinations)

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from spannorm.evaluate.table import margin
+from spannorm.lab.report.arms import Arm
 from spannorm.lab.report.words import plural
-from spannorm.lab.results.arms import Arm, Run
+from spannorm.lab.results.runs import Run
 from spannorm.lab.results.statistics import estimate
 
 _SHOWN = ("acc", "acc_norm", "bits_per_byte")
@@ -28,7 +29,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Score:
-    """What an arm came to in one column."""
+    """An arm's result in one column."""
 
     mean: float
     margin: float | None
@@ -36,11 +37,11 @@ class Score:
     over: str
     """What the interval is over."""
     chance: bool
-    """Whether the interval holds what guessing comes to."""
+    """Whether the score of a guesser lies in the interval."""
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswersTable:
     """A table: arms down, tasks across."""
 
     columns: list[Column]
@@ -49,7 +50,7 @@ class Answers:
     """Whether all arms answered the same questions, as far as is known."""
 
 
-def answers(arms: Sequence[Arm]) -> Answers | None:
+def answers(arms: Sequence[Arm]) -> AnswersTable | None:
     """The table of the arms that were evaluated; None where none was."""
     evaluated = [arm for arm in arms if any(run.evaluation for run in arm.shown)]
     columns: dict[tuple[str, str], Column] = {}
@@ -63,17 +64,17 @@ def answers(arms: Sequence[Arm]) -> Answers | None:
     if not columns:
         return None
     rows = [(arm, [_score(arm.shown, column) for column in columns.values()]) for arm in evaluated]
-    return Answers(list(columns.values()), rows, all(len(found) == 1 for found in asked.values()))
+    return AnswersTable(list(columns.values()), rows, all(len(questions) == 1 for questions in asked.values()))
 
 
 def _score(runs: Sequence[Run], column: Column) -> Score | None:
-    found = [run.evaluation[column.task] for run in runs if column.task in run.evaluation]
-    measured = [result["metrics"][column.metric] for result in found if column.metric in result["metrics"]]
+    results = [run.evaluation[column.task] for run in runs if column.task in run.evaluation]
+    measured = [result["metrics"][column.metric] for result in results if column.metric in result["metrics"]]
     values = [value for metric in measured if (value := metric.get("value")) is not None]
     if not values:
         return None
     if len(values) == 1:
-        half, over = margin(measured[0].get("stderr")), plural(found[0]["questions"], "question")
+        half, over = margin(measured[0].get("stderr")), plural(results[0]["questions"], "question")
     else:
         seeds = estimate(values)
         half, over = seeds.margin if seeds else None, plural(len(values), "seed")

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from spannorm.lab.report.figures.panels import numbers, smooth, why
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.report.library import rounded
-from spannorm.lab.results.arms import Arm, Array, Look, Run, Series
+from spannorm.lab.charts.library import rounded
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import MAX_ARMS, Drawing, numbers, smooth, why
+from spannorm.lab.report.looks import Look
+from spannorm.lab.results.runs import Array, Run, Series
 
 _MOST, _LEAST, _TOGETHER = 300, 80, 40_000
 """Points of a line, at most and at least, and of all lines of a chart: what a browser redraws in one go."""

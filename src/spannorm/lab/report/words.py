@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spannorm.lab.results.arms import Job, values_of
+from spannorm.lab.results.files import JobResult
+from spannorm.lab.results.groups import by_name, groups_of, values_of
 from spannorm.lab.results.statistics import CLAIM
 
 
@@ -16,7 +17,7 @@ def listed(values: Iterable[object]) -> str:
 
 def about(results: dict[str, Any], arms: int) -> str:
     """What was compared, in a sentence, as far as the files say."""
-    jobs, recipe = results["arms"], results["recipe"]
+    jobs, recipe = results["jobs"], results["recipe"]
     model, train = recipe.get("model") or {}, recipe.get("train") or {}
     depths = sorted({int(depth) for depth in values_of(jobs, "depth")})
     placements = {job["placement"] for job in jobs}
@@ -32,24 +33,25 @@ def about(results: dict[str, Any], arms: int) -> str:
     return text + (f" on {corpus}." if corpus else ".")
 
 
-def behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -> str:
-    """What stands behind the figures: the number of seeds and rates, and what may be said with so many."""
+def behind(arms: Sequence[Mapping[float | None, list[JobResult]]], jobs: Sequence[JobResult]) -> str:
+    """How many seeds and learning rates the figures rest on, and what may be said with that number.
+
+    Args:
+        arms: by arm, its jobs by learning rate.
+    """
     states = Counter("finished" if job["status"] == "ok" else job["status"] for job in jobs)
-    told = f"Of {plural(len(jobs), 'job')}, {', '.join(f'{n} {status}' for status, n in states.most_common())}."
+    finished = f"Of {plural(len(jobs), 'job')}, {', '.join(f'{n} {status}' for status, n in states.most_common())}."
     elsewhere = sum("taken_from" in job for job in jobs)
-    told += f" {plural(elsewhere, 'result')} taken over from elsewhere (`taken_from` in results.json)." * bool(
-        elsewhere
-    )
+    if elsewhere:
+        finished += f" {plural(elsewhere, 'result')} taken over from elsewhere (`taken_from` in results.json)."
     fresh = {job["seed"] for job in jobs if job["stage"] == "confirmation"}
     if any(job["stage"] for job in jobs):
         look = "" if len(fresh) >= CLAIM else f": a look, not a claim, which takes {CLAIM} seeds"
-        rates: dict[str, set[float]] = {}
-        for job in jobs:
-            rates.setdefault(f"{job['tables']} {job['cell']} {job.get('arm')}", set()).add(job["learning_rate"])
-        tried = sorted({len(of) for of in rates.values()})
+        by_group = [its_jobs for group in groups_of(jobs) for its_jobs in by_name(group.jobs).values()]
+        tried = sorted({len({job["learning_rate"] for job in its_jobs}) for its_jobs in by_group})
         text = f"Each arm had {_span(tried, 'learning rate')} on one seed and the validation split; what it came to is "
-        return f"{text}measured on {plural(len(fresh), 'fresh seed')} and the test split{look}. {told}"
-    seeds = sorted({len(group) for arm in arms for group in arm.values()})
+        return f"{text}measured on {plural(len(fresh), 'fresh seed')} and the test split{look}. {finished}"
+    seeds = sorted({len(its_jobs) for arm in arms for its_jobs in arm.values()})
     tried = sorted({len(arm) for arm in arms})
     text = f"Each arm has {_span(seeds, 'seed')} and {_span(tried, 'learning rate')}"
     if seeds[0] < 3:
@@ -61,7 +63,7 @@ def behind(arms: Sequence[dict[float | None, list[Job]]], jobs: Sequence[Job]) -
         text += ", if the learning rates were chosen on others." if tried[-1] > 1 else "."
     if len(seeds) > 1 or len(tried) > 1:
         text += " The arms did not get the same number of trials: this is not a matched comparison."
-    return f"{text} {told}"
+    return f"{text} {finished}"
 
 
 def plural(count: int, noun: str) -> str:

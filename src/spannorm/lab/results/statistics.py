@@ -102,7 +102,7 @@ def sensitivity(losses: Mapping[float, float | None], initial: float) -> float |
     return math.fsum(capped) / len(capped) - min(capped)
 
 
-def verdict(
+def pair_in_words(
     first: str,
     second: str,
     difference: Estimate | None,
@@ -110,7 +110,7 @@ def verdict(
     p_holm: float | None = None,
     pairs: int = 1,
 ) -> str:
-    """What a pair named beforehand comes to, in words that follow from the numbers.
+    """The result of a pair named beforehand, in words that follow from the numbers.
 
     Args:
         difference: first − second in loss, so that a negative one favours the first.
@@ -120,9 +120,9 @@ def verdict(
     """
     failed = {name: count for name, count in failures.items() if count[0]}
     if failed:
-        told = " and ".join(f"{name} failed with {bad} of {run} seeds" for name, (bad, run) in failed.items())
-        held = [name for name in (first, second) if name not in failed and failures[name][1]]
-        return f"{told}{f', {held[0]} with none' if held else ''}: no difference in loss is claimed"
+        counts = " and ".join(f"{name} failed with {bad} of {run} seeds" for name, (bad, run) in failed.items())
+        sound = [name for name in (first, second) if name not in failed and failures[name][1]]
+        return f"{counts}{f', {sound[0]} with none' if sound else ''}: no difference in loss is claimed"
     if difference is None:
         return f"{first} against {second}: not compared yet"
     if difference.margin is None:

@@ -1,22 +1,19 @@
-"""What a comparison under a protocol comes to: each arm at its own best learning rate, and the pairs named beforehand.
+"""The results of a comparison under a protocol: each arm at its own best learning rate, and the pairs named beforehand.
 
-Reads the rows of `results.json` alone, so that a summary can be made again on another machine.
+Reads the jobs of `results.json` alone, so that a summary can be made again on another machine.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spannorm.lab.results.arms import LARGEST
-from spannorm.lab.results.statistics import LEVEL, Estimate, estimate, holm, paired, sensitivity, stands, verdict
+from spannorm.lab.results.files import LARGEST, JobResult
+from spannorm.lab.results.groups import by_name, groups_of, title
+from spannorm.lab.results.statistics import LEVEL, Estimate, estimate, holm, pair_in_words, paired, sensitivity, stands
 
-Row = Mapping[str, Any]
-
-_SHORT = {"num_hidden_layers": "{} blocks", "hidden_size": "width {}"}
 _MOST_LINES = 10
 
 
@@ -35,7 +32,7 @@ class Standing:
     sensitivity: float | None
     """Learning-rate sensitivity on the seed of the choice, nats per token."""
     test_loss: Estimate | None
-    """On the fresh seeds that held."""
+    """On the fresh seeds that did not fail."""
     val_loss: Estimate | None
     failed: int
     """Fresh seeds that failed."""
@@ -47,7 +44,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms held against each other, seed by seed, on the test split."""
+    """Two arms compared with each other, seed by seed, on the test split."""
 
     first: str
     second: str
@@ -67,36 +64,28 @@ class Race:
     """Arms that met under one condition, in one table."""
 
     table: str
-    cell: dict[str, Any]
+    condition: Mapping[str, Any]
     standings: list[Standing]
     pairs: list[Pair]
 
     @property
-    def condition(self) -> str:
-        return condition(self.cell)
+    def title(self) -> str:
+        return title(self.table, self.condition)
 
 
-def condition(cell: Mapping[str, Any]) -> str:
-    """A condition in words: `16 blocks, width 64`."""
-    names = {key.rpartition(".")[2]: value for key, value in cell.items()}
-    return ", ".join(_SHORT[n].format(value) if n in _SHORT else f"{n} {value}" for n, value in names.items())
-
-
-def summarize(rows: Sequence[Row], pairs: Sequence[Sequence[str]]) -> list[Race]:
+def summarize_races(jobs: Sequence[JobResult], pairs: Sequence[Sequence[str]]) -> list[Race]:
     """Every race of a comparison under a protocol.
 
     Args:
         pairs: by the arms' full names, or by a placement that one arm has.
     """
     races = []
-    for table, cell in dict.fromkeys((t, json.dumps(row["cell"])) for row in rows for t in row["tables"]):
-        mine = [row for row in rows if table in row["tables"] and json.dumps(row["cell"]) == cell]
-        arms: dict[str, list[Row]] = {}
-        for row in mine:
-            arms.setdefault(row["arm"], []).append(row)
+    for group in groups_of(jobs):
+        arms = by_name(group.jobs)
         named = [[arm for name in pair for arm in arms_named(name, arms)] for pair in pairs]
-        found = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
-        races.append(Race(table, json.loads(cell), [_standing(arm, of) for arm, of in arms.items()], found))
+        compared = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
+        standings = [_standing(arm, its_jobs) for arm, its_jobs in arms.items()]
+        races.append(Race(group.table, group.condition, standings, compared))
     return _corrected(races)
 
 
@@ -111,7 +100,7 @@ def _corrected(races: Sequence[Race]) -> list[Race]:
         if pair.p is None:
             return pair
         p = next(corrected)
-        words = verdict(pair.first, pair.second, pair.difference, pair.failures, p, len(judged))
+        words = pair_in_words(pair.first, pair.second, pair.difference, pair.failures, p, len(judged))
         return replace(pair, p_holm=p, words=words)
 
     return [replace(race, pairs=[pair_of(pair) for pair in race.pairs]) for race in races]
@@ -123,103 +112,101 @@ def arms_named(name: str, arms: Iterable[str]) -> list[str]:
     return [arm for arm in arms if arm == name] or [arm for arm in arms if arm.split()[:1] == [name]]
 
 
-def _held(rows: Sequence[Row], key: str) -> dict[int, float]:
-    held = [row for row in rows if row["status"] == "ok" and row["seed"] is not None and _number(row.get(key))]
-    return {row["seed"]: row[key] for row in held}
+def _by_seed(jobs: Sequence[JobResult], key: str) -> dict[int, float]:
+    """The values of the jobs that did not fail, by seed."""
+    sound = [job for job in jobs if job["status"] == "ok" and job["seed"] is not None and _number(job.get(key))]
+    return {job["seed"]: job[key] for job in sound}
 
 
 def _number(value: float | None) -> bool:
     return value is not None and abs(value) < LARGEST
 
 
-def _confirmed(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["stage"] == "confirmation" and row["status"] in ("ok", "failed")]
+def _confirmed(jobs: Sequence[JobResult]) -> list[JobResult]:
+    """The jobs on fresh seeds that have ended."""
+    return [job for job in jobs if job["stage"] == "confirmation" and job["status"] in ("ok", "failed")]
 
 
-def _standing(arm: str, rows: Sequence[Row]) -> Standing:
-    choice = sorted((row for row in rows if row["stage"] == "choice"), key=lambda row: row["learning_rate"] or 0)
-    ended = all(row["status"] in ("ok", "failed") for row in choice)
-    held = [row for row in choice if row["status"] == "ok" and _number(row.get("val_loss"))]
-    best = min(held, key=lambda row: row["val_loss"])["learning_rate"] if held and ended else None
-    confirmed = _confirmed(rows)
-    initial = next((row["initial_loss"] for row in choice if _number(row.get("initial_loss"))), None)
-    losses = {row["learning_rate"]: row["val_loss"] if _number(row.get("val_loss")) else None for row in choice}
-    steps = sum(row["steps_done"] for row in confirmed)
+def _standing(arm: str, jobs: Sequence[JobResult]) -> Standing:
+    choice = sorted((job for job in jobs if job["stage"] == "choice"), key=lambda job: job["learning_rate"] or 0)
+    ended = all(job["status"] in ("ok", "failed") for job in choice)
+    sound = [job for job in choice if job["status"] == "ok" and _number(job.get("val_loss"))]
+    best = min(sound, key=lambda job: job["val_loss"])["learning_rate"] if sound and ended else None
+    confirmed = _confirmed(jobs)
+    initial = next((job["initial_loss"] for job in choice if _number(job.get("initial_loss"))), None)
+    losses = {job["learning_rate"]: job["val_loss"] if _number(job.get("val_loss")) else None for job in choice}
+    steps = sum(job["steps_done"] for job in confirmed)
     return Standing(
         arm=arm,
         trials=len(choice),
         learning_rate=best,
         edge=best is not None and best in (choice[0]["learning_rate"], choice[-1]["learning_rate"]),
-        failed_rates=[row["learning_rate"] or 0 for row in choice if row["status"] == "failed"],
+        failed_rates=[job["learning_rate"] or 0 for job in choice if job["status"] == "failed"],
         sensitivity=sensitivity(losses, initial) if ended and initial is not None else None,
-        test_loss=estimate(list(_held(confirmed, "test_loss").values())),
-        val_loss=estimate(list(_held(confirmed, "val_loss").values())),
-        failed=sum(row["status"] == "failed" for row in confirmed),
+        test_loss=estimate(list(_by_seed(confirmed, "test_loss").values())),
+        val_loss=estimate(list(_by_seed(confirmed, "val_loss").values())),
+        failed=sum(job["status"] == "failed" for job in confirmed),
         seeds=len(confirmed),
-        spike_score=sum(row.get("spikes") or 0 for row in confirmed) / steps if steps else None,
+        spike_score=sum(job.get("spikes") or 0 for job in confirmed) / steps if steps else None,
     )
 
 
-def _pair(first: str, second: str, arms: Mapping[str, list[Row]]) -> Pair:
+def _pair(first: str, second: str, arms: Mapping[str, list[JobResult]]) -> Pair:
     ended = {name: _confirmed(arms[name]) for name in (first, second)}
-    choices = {name: [row for row in arms[name] if row["stage"] == "choice"] for name in (first, second)}
-    hopeless = [name for name, rows in choices.items() if rows and all(row["status"] == "failed" for row in rows)]
-    difference = paired(_held(ended[first], "test_loss"), _held(ended[second], "test_loss"))
-    failures = {name: (sum(row["status"] == "failed" for row in rows), len(rows)) for name, rows in ended.items()}
+    choices = {name: [job for job in arms[name] if job["stage"] == "choice"] for name in (first, second)}
+    hopeless = [name for name, jobs in choices.items() if jobs and all(job["status"] == "failed" for job in jobs)]
+    difference = paired(_by_seed(ended[first], "test_loss"), _by_seed(ended[second], "test_loss"))
+    failures = {name: (sum(job["status"] == "failed" for job in jobs), len(jobs)) for name, jobs in ended.items()}
     if hopeless:
         words = f"{' and '.join(hopeless)} failed at every learning rate: no difference in loss is claimed"
         return Pair(first, second, None, failures, words)
     p = difference.p_value if difference and not any(failed for failed, _ in failures.values()) else None
-    return Pair(first, second, difference, failures, verdict(first, second, difference, failures), p)
+    return Pair(first, second, difference, failures, pair_in_words(first, second, difference, failures), p)
 
 
-def where(race: Race) -> str:
-    """A race in words; empty where a comparison has one alone."""
-    return ", ".join(filter(None, [race.table, race.condition]))
-
-
-def verdict_lines(races: Sequence[Race]) -> list[str]:
+def summary_lines(races: Sequence[Race]) -> list[str]:
     """The whole comparison in ten lines at most: the pairs first, then what failed and what a reader must know."""
-    told = [(where(race), pair) for race in races for pair in race.pairs]
-    lines = [f"{f'{place}: ' if place else ''}{pair.words}." for place, pair in told]
+    pairs = [(race.title, pair) for race in races for pair in race.pairs]
+    lines = [f"{f'{where}: ' if where else ''}{pair.words}." for where, pair in pairs]
     if len(lines) > _MOST_LINES - 3:
-        lines = [_over_conditions(told, pair) for pair in dict.fromkeys((p.first, p.second) for _, p in told)]
-    judged = [pair for _, pair in told if pair.p_holm is not None]
+        lines = [_over_conditions(pairs, names) for names in dict.fromkeys((p.first, p.second) for _, p in pairs)]
+    judged = [pair for _, pair in pairs if pair.p_holm is not None]
     if judged:
-        shown = [pair for pair in judged if pair.difference and pair.difference.direction]
+        different = [pair for pair in judged if pair.difference and pair.difference.direction]
         lines.append(
-            f"Of {len(judged)} pairs {len(shown)} differ at {LEVEL:.0%}, where about one in twenty would by chance "
-            f"alone; {sum(stands(pair.p_holm) for pair in shown)} still do after Holm over {len(judged)} pairs."
+            f"Of {len(judged)} pairs {len(different)} differ at {LEVEL:.0%}, where about one in twenty would by chance "
+            f"alone; {sum(stands(pair.p_holm) for pair in different)} still do after Holm over {len(judged)} pairs."
         )
-    standings = [(where(race), s) for race in races for s in race.standings]
-    lost = [(place, s.arm) for place, s in standings if len(s.failed_rates) == s.trials > 0]
+    standings = [(race.title, standing) for race in races for standing in race.standings]
+    lost = [(where, s.arm) for where, s in standings if len(s.failed_rates) == s.trials > 0]
     lines += _listed("Failed at every learning rate", lost)
-    edge = [(place, s.arm) for place, s in standings if s.edge]
+    edge = [(where, s.arm) for where, s in standings if s.edge]
     lines += _listed("Best on the edge of the grid, so possibly better beyond", edge)
     return lines[:_MOST_LINES]
 
 
-def _over_conditions(told: Sequence[tuple[str, Pair]], names: tuple[str, str]) -> str:
-    groups: dict[str, list[str]] = {}
+def _over_conditions(pairs: Sequence[tuple[str, Pair]], names: tuple[str, str]) -> str:
+    """One pair's outcomes over all conditions, in a line."""
+    by_outcome: dict[str, list[str]] = {}
     standing: Counter[str] = Counter()
-    for place, pair in told:
+    for where, pair in pairs:
         if (pair.first, pair.second) == names:
             sign = pair.difference.direction if pair.difference else 0
             outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
             outcome = "cannot be compared for failures" if "failed" in pair.words else outcome
-            groups.setdefault(outcome, []).append(place)
+            by_outcome.setdefault(outcome, []).append(where)
             standing[outcome] += not sign or stands(pair.p_holm)
     parts = [
-        f"{outcome} in {len(places)} ({'; '.join(places)})"
-        + (f", after Holm in {standing[outcome]} of them" if standing[outcome] < len(places) else "")
-        for outcome, places in groups.items()
+        f"{outcome} in {len(conditions)} ({'; '.join(conditions)})"
+        + (f", after Holm in {standing[outcome]} of them" if standing[outcome] < len(conditions) else "")
+        for outcome, conditions in by_outcome.items()
     ]
-    return f"{names[0]} against {names[1]}, of {sum(map(len, groups.values()))} conditions: {', '.join(parts)}."
+    return f"{names[0]} against {names[1]}, of {sum(map(len, by_outcome.values()))} conditions: {', '.join(parts)}."
 
 
-def _listed(words: str, items: Sequence[tuple[str, str]]) -> list[str]:
+def _listed(words: str, arms: Sequence[tuple[str, str]]) -> list[str]:
     by_arm: dict[str, list[str]] = {}
-    for place, arm in items:
-        by_arm.setdefault(arm, []).append(place)
-    told = [arm + (f" ({'; '.join(places)})" if any(places) else "") for arm, places in by_arm.items()]
-    return [f"{words}: {', '.join(told)}."] if told else []
+    for where, arm in arms:
+        by_arm.setdefault(arm, []).append(where)
+    listed = [arm + (f" ({'; '.join(wheres)})" if any(wheres) else "") for arm, wheres in by_arm.items()]
+    return [f"{words}: {', '.join(listed)}."] if listed else []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spannorm.lab.results.summary import condition
+from spannorm.lab.results.files import JobResult
+from spannorm.lab.results.groups import by_name, condition_words, groups_of, title
 from spannorm.train.ramp import SHARE, SHARES
 
 _MOST_LINES = 10
@@ -19,7 +19,7 @@ class Tolerance:
     """The rate at which an arm lost a share of what it had learned, over its seeds."""
 
     table: str
-    cell: dict[str, Any]
+    condition: Mapping[str, Any]
     arm: str
     placement: str
     depth_rule: str
@@ -29,50 +29,54 @@ class Tolerance:
     """Seeds that never came 0.2 nats below a unigram model."""
 
     @property
+    def title(self) -> str:
+        return title(self.table, self.condition)
+
+    @property
     def seeds(self) -> int:
         return self.unlearned + len(self.rates[f"{SHARE:g}"])
 
     def rate(self, share: float = SHARE) -> float | None:
         """The geometric mean over the seeds; None where one never diverged, or none learned."""
-        found = self.rates[f"{share:g}"]
-        logs = [math.log(rate) for rate in found if rate]
-        return math.exp(math.fsum(logs) / len(logs)) if found and len(logs) == len(found) else None
+        rates = self.rates[f"{share:g}"]
+        logs = [math.log(rate) for rate in rates if rate]
+        return math.exp(math.fsum(logs) / len(logs)) if rates and len(logs) == len(rates) else None
 
     @property
     def words(self) -> str:
         """The rate with its range over the seeds."""
-        found = self.rates[f"{SHARE:g}"]
-        if not found:
+        rates = self.rates[f"{SHARE:g}"]
+        if not rates:
             return "never learned"
         if self.rate() is None:
-            return f"not reached with {found.count(None)} of {len(found)} seeds"
-        low, high = min(r for r in found if r), max(r for r in found if r)
-        return f"{self.rate():.2e}" + (f" ({low:.2e}–{high:.2e})" if len(found) > 1 else "")
+            return f"not reached with {rates.count(None)} of {len(rates)} seeds"
+        low, high = min(r for r in rates if r), max(r for r in rates if r)
+        return f"{self.rate():.2e}" + (f" ({low:.2e}–{high:.2e})" if len(rates) > 1 else "")
 
 
-def tolerances(rows: Sequence[Mapping[str, Any]]) -> list[Tolerance]:
-    """Every arm under every condition, from the rows of `results.json`."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        for table in row["tables"] if row.get("tolerated") else ():
-            groups.setdefault((table, json.dumps(row["cell"]), row["arm"]), []).append(row)
-    found = []
-    for (table, cell, arm), of in groups.items():
-        learned = [row["tolerated"]["rates"] for row in of if row["tolerated"]["learned"]]
-        rates = {f"{share:g}": [rate[f"{share:g}"] for rate in learned] for share in SHARES}
-        first = of[0]
-        unlearned = len(of) - len(learned)
-        found.append(Tolerance(table, json.loads(cell), arm, first["placement"], first["depth_rule"], rates, unlearned))
-    return found
+def tolerances(jobs: Sequence[JobResult]) -> list[Tolerance]:
+    """Every arm under every condition, from the jobs of `results.json` that were ramps."""
+    return [
+        _tolerance(group.table, group.condition, arm, ramps)
+        for group in groups_of(job for job in jobs if job.get("tolerated"))
+        for arm, ramps in by_name(group.jobs).items()
+    ]
 
 
-def tolerance_lines(found: Sequence[Tolerance]) -> list[str]:
+def _tolerance(table: str, condition: Mapping[str, Any], arm: str, ramps: Sequence[JobResult]) -> Tolerance:
+    learned = [job["tolerated"]["rates"] for job in ramps if job["tolerated"]["learned"]]
+    rates = {f"{share:g}": [rate[f"{share:g}"] for rate in learned] for share in SHARES}
+    placement, rule, unlearned = ramps[0]["placement"], ramps[0]["depth_rule"], len(ramps) - len(learned)
+    return Tolerance(table, condition, arm, placement, rule, rates, unlearned)
+
+
+def tolerance_lines(tolerances: Sequence[Tolerance]) -> list[str]:
     """Each arm's rates in a line, in the order of the conditions; ten lines at most."""
     by_arm: dict[str, list[Tolerance]] = {}
-    for t in found:
+    for t in tolerances:
         by_arm.setdefault(f"{t.table}: {t.arm}" if t.table else t.arm, []).append(t)
     lines = []
-    for arm, of in by_arm.items():
-        told = [f"{t.words} at {condition(t.cell)}" if t.cell else t.words for t in of]
-        lines.append(f"{arm}: {'; '.join(told)}.")
+    for arm, its in by_arm.items():
+        rates = [f"{t.words} at {condition_words(t.condition)}" if t.condition else t.words for t in its]
+        lines.append(f"{arm}: {'; '.join(rates)}.")
     return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "The other arms are in the table."]

@@ -7,43 +7,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from spannorm.lab.report.figures.panels import limits, panels, plain_log
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.results.arms import LARGEST, Arm, Look
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import MAX_ARMS, Drawing, limits, panels, plain_log
+from spannorm.lab.report.looks import Look
+from spannorm.lab.results.files import LARGEST
+from spannorm.lab.results.groups import condition_words
 from spannorm.lab.results.statistics import estimate
-from spannorm.lab.results.summary import condition
 from spannorm.lab.results.tolerance import Tolerance
 from spannorm.train.ramp import SHARE, SHARES
 
 _NAMES = {"num_hidden_layers": "blocks", "hidden_size": "width"}
-Cell = Mapping[str, Any]
+Condition = Mapping[str, Any]
+ArmsThere = tuple[Condition, Sequence[Arm]]
+"""A condition, and the arms under it."""
 
 
-def draw_conditions(races: Sequence[tuple[Cell, Sequence[Arm]]]) -> list[Drawing]:
+def draw_conditions(arms_by_condition: Sequence[ArmsThere]) -> list[Drawing]:
     """Loss and best learning rate against each number that the conditions differ in, all else equal."""
     drawings: list[Drawing | None] = []
-    for key in _axes([cell for cell, _ in races]):
-        groups: dict[str, list[tuple[Cell, Sequence[Arm]]]] = {}
-        others = _others([cell for cell, _ in races], key)
-        for cell, arms in races:
-            groups.setdefault(json.dumps({k: cell.get(k) for k in others}), []).append((cell, arms))
-        several = [(rest, of) for rest, of in groups.items() if len(of) > 1]
-        drawings += [_against(key, json.loads(rest), of, i) for i, (rest, of) in enumerate(several)]
+    conditions = [condition for condition, _ in arms_by_condition]
+    for key in _axes(conditions):
+        groups: dict[str, list[ArmsThere]] = {}
+        others = _others(conditions, key)
+        for condition, arms in arms_by_condition:
+            groups.setdefault(json.dumps({k: condition.get(k) for k in others}), []).append((condition, arms))
+        several = [(rest, group) for rest, group in groups.items() if len(group) > 1]
+        drawings += [_against(key, json.loads(rest), group, i) for i, (rest, group) in enumerate(several)]
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def _axes(cells: Sequence[Cell]) -> list[str]:
+def _axes(conditions: Sequence[Condition]) -> list[str]:
     """The numbers that vary, depth first, without those that another one decides, as depth does width at fixed size."""
-    keys = sorted(dict.fromkeys(k for cell in cells for k in cell), key=lambda k: not k.endswith("num_hidden_layers"))
-    found: list[str] = []
+    keys = sorted(
+        dict.fromkeys(k for condition in conditions for k in condition),
+        key=lambda k: not k.endswith("num_hidden_layers"),
+    )
+    axes: list[str] = []
     for key in keys:
-        values = [cell.get(key) for cell in cells]
+        values = [condition.get(key) for condition in conditions]
         varies = all(_number(v) for v in values) and len(set(values)) > 1
-        if varies and all(key in _others(cells, axis) for axis in found):
-            found.append(key)
-    return found
+        if varies and all(key in _others(conditions, axis) for axis in axes):
+            axes.append(key)
+    return axes
 
 
 def _number(value: Any) -> bool:
@@ -58,126 +63,130 @@ def _scale(ax: Any, known: Sequence[float]) -> None:
     ax.minorticks_off()
 
 
-def _others(cells: Sequence[Cell], key: str) -> list[str]:
+def _others(conditions: Sequence[Condition], key: str) -> list[str]:
     """The keys that vary at one value of the axis; what changes with the axis, as width at fixed size, is not one."""
-    by_x: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        by_x.setdefault(cell[key], []).append(cell)
-    names = dict.fromkeys(k for cell in cells for k in cell if k != key)
-    return [k for k in names if any(len({json.dumps(c.get(k)) for c in of}) > 1 for of in by_x.values())]
+    by_x: dict[Any, list[Condition]] = {}
+    for condition in conditions:
+        by_x.setdefault(condition[key], []).append(condition)
+    names = dict.fromkeys(k for condition in conditions for k in condition if k != key)
+    return [k for k in names if any(len({json.dumps(c.get(k)) for c in alike}) > 1 for alike in by_x.values())]
 
 
-def _against(key: str, rest: Cell, races: Sequence[tuple[Cell, Sequence[Arm]]], number: int) -> Drawing | None:
-    if not any(run.status in ("ok", "failed") for _, arms in races for arm in arms for run in arm.runs):
+def _against(key: str, rest: Condition, group: Sequence[ArmsThere], number: int) -> Drawing | None:
+    if not any(run.status in ("ok", "failed") for _, arms in group for arm in arms for run in arm.runs):
         return None
-    races = sorted(races, key=lambda race: race[0][key])
-    arms = list({arm.label: replace(arm, runs=[]) for _, arms in races for arm in arms}.values())[:MAX_ARMS]
+    group = sorted(group, key=lambda pair: pair[0][key])
+    arms = list({arm.label: replace(arm, runs=[]) for _, arms in group for arm in arms}.values())[:MAX_ARMS]
     fig, axes, label = panels(2, arms)
-    known = [cell[key] for cell, _ in races]
-    losses, end, drawn = [], {}, list[Any]()
+    known = [condition[key] for condition, _ in group]
+    losses, ends, any_rate = list[float](), {}, False
     for arm in arms:
-        points, lost, rates = [], [], []
-        for cell, of in races:
-            here = next((a for a in of if a.label == arm.label), None)
-            if here is None:
-                continue
-            loss = estimate(final_losses(here))
-            if loss is None:
-                lost.append(cell[key])
-                continue
-            points.append((cell[key], loss.mean))
-            losses.append(loss.mean)
-            tried = [rate.learning_rate for rate in here.rates]
-            rates.append(
-                (cell[key], here.learning_rate, len(tried) > 1 and here.learning_rate in (tried[0], tried[-1]))
-            )
-            axes[0].plot([cell[key]] * loss.count, final_losses(here), "o", color=arm.look.color, markersize=2.5)
-        axes[0].plot(*_columns(points), linewidth=1.4, label=arm.label, **arm.look.line)
-        for x in lost:
-            axes[0].plot(x, 0.985, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False,
-                         transform=axes[0].get_xaxis_transform())  # fmt: skip
-        rates = [(x, rate, edge) for x, rate, edge in rates if rate and rate > 0]
-        drawn += rates
-        axes[1].plot(*_columns([(x, rate) for x, rate, _ in rates]), linewidth=1.4, label=arm.label, **arm.look.line)
-        for x, rate, edge in rates:
-            axes[1].plot(x, rate, "o", color=arm.look.color, markersize=4.5, markerfacecolor="white" if edge else None)
+        there = [(condition[key], a) for condition, arms_there in group for a in arms_there if a.label == arm.label]
+        losses += _losses_against(axes[0], arm, there)
+        rates = _rates_against(axes[1], arm, [(x, a) for x, a in there if a.final_losses])
+        any_rate = any_rate or bool(rates)
         if rates and rates[-1][0] == known[-1]:
-            end[arm.label] = float(rates[-1][1] or np.nan)
+            ends[arm.label] = rates[-1][1]
     if losses:
         axes[0].set_ylim(*limits(losses))
-    name = key.rpartition(".")[2]
-    what = _NAMES.get(name, name)
+    what = _name(key)
     for ax in axes:
         _scale(ax, known)
         ax.set_xlabel(what, parse_math=False)
     axes[0].set(title="loss at its best learning rate", ylabel="loss (nats per token)")
     axes[1].set(title="best learning rate")
-    if drawn:
+    if any_rate:
         axes[1].set_yscale("log")
         plain_log(axes[1].yaxis)
-    label(axes[1], end)
+    label(axes[1], ends)
     caption = (
-        f"Each arm at its own best learning rate against {what}{f' ({condition(rest)})' if rest else ''}. Left: mean "
-        "over the seeds that held, and every seed (the test split where it was confirmed on fresh seeds, else "
-        "validation); an arm with a ✕ on the upper edge has none that held. Right: that learning rate, a ring where it "
-        "lies on the edge of those tried."
+        f"Each arm at its own best learning rate against {what}{f' ({condition_words(rest)})' if rest else ''}. Left: "
+        "mean over the seeds that did not fail, and every seed (the test split where it was confirmed on fresh seeds, "
+        "else validation); an arm with a ✕ on the upper edge has no such seed. Right: that learning rate, a ring where "
+        "it lies on the edge of those tried."
     )
     return Drawing(f"against_{what}{number or ''}", f"Loss against {what}", caption, fig)
 
 
-def final_losses(arm: Arm) -> list[float]:
-    """An arm's final losses: on the test split where it was confirmed, else on the validation split."""
-    losses = [run.test_loss if arm.confirmed else run.val_loss for run in arm.runs if run.status == "ok"]
-    return [loss for loss in losses if loss is not None]
+def _losses_against(ax: Any, arm: Arm, there: Sequence[tuple[Any, Arm]]) -> list[float]:
+    """Draw an arm's losses, and a cross where every seed failed; returns the means.
+
+    Args:
+        there: the arm at each value of the axis.
+    """
+    points, lost = [], []
+    for x, at in there:
+        loss = estimate(at.final_losses)
+        if loss is None:
+            lost.append(x)
+            continue
+        points.append((x, loss.mean))
+        ax.plot([x] * loss.count, at.final_losses, "o", color=arm.look.color, markersize=2.5)
+    ax.plot(*_columns(points), linewidth=1.4, label=arm.label, **arm.look.line)
+    for x in lost:
+        ax.plot(x, 0.985, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+    return [mean for _, mean in points]
+
+
+def _rates_against(ax: Any, arm: Arm, there: Sequence[tuple[Any, Arm]]) -> list[tuple[Any, float]]:
+    """Draw an arm's best learning rates, with a ring where one lies on the edge of those tried; returns them."""
+    points = []
+    for x, at in there:
+        best, tried = at.learning_rate, [rate.learning_rate for rate in at.rates]
+        if best and best > 0:
+            points.append((x, best, len(tried) > 1 and best in (tried[0], tried[-1])))
+    ax.plot(*_columns([(x, rate) for x, rate, _ in points]), linewidth=1.4, label=arm.label, **arm.look.line)
+    for x, rate, edge in points:
+        ax.plot(x, rate, "o", color=arm.look.color, markersize=4.5, markerfacecolor="white" if edge else None)
+    return [(x, rate) for x, rate, _ in points]
+
+
+def _name(key: str) -> str:
+    """What an axis is called."""
+    name = key.rpartition(".")[2]
+    return _NAMES.get(name, name)
 
 
 def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[float], list[float]]:
     return [float(x) for x, _ in points], [float(y) for _, y in points]
 
 
-def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], Look], peak: float) -> list[Drawing]:
+def draw_tolerances(ramps: Sequence[Tolerance], looks: Mapping[tuple[str, str], Look], peak: float) -> list[Drawing]:
     """The largest tolerable learning rate against the conditions' first number, in the order of the conditions."""
-    key = next(iter(_axes([t.cell for t in found])), None)
-    known = sorted({t.cell[key] for t in found}) if key else [0]
-    keys = list(dict.fromkeys((t.placement, t.arm.partition(" ")[2]) for t in found))[:MAX_ARMS]
-    arms = [Arm(*key, looks[key], [], None, []) for key in keys]
+    key = next(iter(_axes([ramp.condition for ramp in ramps])), None)
+    known = sorted({ramp.condition[key] for ramp in ramps}) if key else [0]
+    names = list(dict.fromkeys((ramp.placement, ramp.arm.partition(" ")[2]) for ramp in ramps))[:MAX_ARMS]
+    arms = [Arm(*name, looks[name], [], None, []) for name in names]
     fig, (ax,), label = panels(1, arms)
     ax.set_yscale("log")
-    rates = [rate for t in found for share in SHARES if (rate := t.rate(share))]
-    low = min(rates, default=peak / 10) / 2
+    low = min((rate for ramp in ramps for share in SHARES if (rate := ramp.rate(share))), default=peak / 10) / 2
     ax.set_ylim(low, peak * 1.5)
-    end = {}
+    ends = {}
     for i, arm in enumerate(arms):
         apart = i - len(arms) / 2  # arms at one value stand side by side
+        its_ramps = [ramp for ramp in ramps if ramp.arm == f"{arm.placement} {arm.variant}"]
         points = []
-        mine = [t for t in found if t.arm == f"{arm.placement} {arm.variant}"]
-        for t in sorted(mine, key=lambda t: t.cell[key] if key else 0):
-            x, rate = t.cell[key] if key else 1, t.rate()
+        for ramp in sorted(its_ramps, key=lambda ramp: ramp.condition[key] if key else 0):
+            x = ramp.condition[key] if key else 1
             if key and known[0] <= 0:
                 x += 0.006 * apart * (known[-1] - known[0])
             else:
                 x *= 1 + (0.012 if key else 0.03) * apart
-            if not t.rates[f"{SHARE:g}"]:
-                ax.plot(x, low, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False)
-            elif rate is None:
-                ax.plot(x, peak, "^", color=arm.look.color, markersize=5, clip_on=False)
-                end[arm.label] = peak
-            else:
+            rate = _tolerance(ax, arm, ramp, x, low, peak)
+            if rate is not None:
+                ends[arm.label] = rate
+            if ramp.rate() is not None:
                 points.append((x, rate))
-                end[arm.label] = rate
-                ends = [r for share in (SHARES[0], SHARES[-1]) if (r := t.rate(share))]
-                ax.plot([x] * len(ends), ends, color=arm.look.color, linewidth=0.8, alpha=0.7)
-                ax.plot([x] * len(seeds := [r for r in t.rates[f"{SHARE:g}"] if r]), seeds, "o", markersize=2.5,
-                        color=arm.look.color)  # fmt: skip
         ax.plot(*_columns(points), marker="o", markersize=4.5, linewidth=1.3, label=arm.label, **arm.look.line)
     if key:
         _scale(ax, known)
-        ax.set_xlabel(_NAMES.get(key.rpartition(".")[2], key.rpartition(".")[2]), parse_math=False)
+        ax.set_xlabel(_name(key), parse_math=False)
     else:
         ax.set_xticks([])
     ax.set_ylabel("learning rate")
     plain_log(ax.yaxis)
-    label(ax, end)
+    label(ax, ends)
     caption = (
         f"The rate at which {SHARE:.0%} of what was learned below a unigram model was lost again, on a ramp up to "
         f"{peak:g}: geometric mean over the seeds, and every seed. The bar reaches from {SHARES[0]:.0%} to "
@@ -185,3 +194,19 @@ def draw_tolerances(found: Sequence[Tolerance], looks: Mapping[tuple[str, str], 
         "bottom never learned."
     )
     return [Drawing("tolerance", "Largest tolerable learning rate", caption, fig)]
+
+
+def _tolerance(ax: Any, arm: Arm, ramp: Tolerance, x: float, low: float, peak: float) -> float | None:
+    """Draw one arm under one condition; returns where its name belongs, None where it never learned."""
+    seeds, rate = ramp.rates[f"{SHARE:g}"], ramp.rate()
+    if not seeds:
+        ax.plot(x, low, "x", color=arm.look.color, markersize=5, markeredgewidth=1.6, clip_on=False)
+        return None
+    if rate is None:
+        ax.plot(x, peak, "^", color=arm.look.color, markersize=5, clip_on=False)
+        return peak
+    bar = [r for share in (SHARES[0], SHARES[-1]) if (r := ramp.rate(share))]
+    ax.plot([x] * len(bar), bar, color=arm.look.color, linewidth=0.8, alpha=0.7)
+    reached = [r for r in seeds if r]
+    ax.plot([x] * len(reached), reached, "o", markersize=2.5, color=arm.look.color)
+    return rate

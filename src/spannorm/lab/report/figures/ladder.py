@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from spannorm.lab.ladder.fit import Fit
-from spannorm.lab.report.figures.panels import panels, plain_log
-from spannorm.lab.report.figures.training import Drawing
-from spannorm.lab.results.arms import Arm, Look
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import Drawing, panels, plain_log
+from spannorm.lab.report.looks import Look
 
 
-def draw_ladder(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> list[Drawing]:
+def draw_ladder(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> list[Drawing]:
     """Nothing until there is a fit."""
-    if not found.get("fit"):
+    if not ladder.get("fit"):
         return []
-    drawings = [_curves(found, looks)]
-    return drawings + ([_multipliers(found, looks)] if found["pairs"] else [])
+    drawings = [_curves(ladder, looks)]
+    return drawings + ([_multipliers(ladder, looks)] if ladder["pairs"] else [])
 
 
 def _arms(names: Sequence[str], looks: Mapping[tuple[str, str], Look]) -> list[Arm]:
@@ -26,28 +26,29 @@ def _arms(names: Sequence[str], looks: Mapping[tuple[str, str], Look]) -> list[A
     return [Arm(*key, looks[key], [], None, []) for key in keys if key in looks]
 
 
-def _curve(found: Mapping[str, Any]) -> Fit:
-    said = found["fit"]
-    powers = {arm: tuple((t["loss_at_scale"], t["exponent"]) for t in terms) for arm, terms in said["arms"].items()}
-    return Fit(said["irreducible"], tuple(said["scales"]), powers, ())
+def _curve(ladder: Mapping[str, Any]) -> Fit:
+    fit = ladder["fit"]
+    powers = {arm: tuple((t["loss_at_scale"], t["exponent"]) for t in terms) for arm, terms in fit["arms"].items()}
+    return Fit(fit["irreducible"], tuple(fit["scales"]), powers, ())
 
 
-def _curves(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> Drawing:
-    curve = _curve(found)
+def _curves(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> Drawing:
+    curve = _curve(ladder)
     arms = _arms(list(curve.powers), looks)
     fig, (ax,), label = panels(1, arms)
-    sizes = [rung["compute"] for rung in found["rungs"] if rung["kind"] == "size"]
+    sizes = [rung["compute"] for rung in ladder["rungs"] if rung["kind"] == "size"]
     x = np.geomspace(min(sizes) / 1.5, max(sizes) * 3, 100)
     ends = {}
     for arm in arms:
         name = f"{arm.placement} {arm.variant}"
-        mine = [p for p in found["points"] if p["arm"] == name and p["kind"] == "size"]
+        points = [p for p in ladder["points"] if p["arm"] == name and p["kind"] == "size"]
         y = [curve.loss(name, c) for c in x]
         ax.plot(x, y, linewidth=1.2, label=arm.label, **arm.look.line)
-        ax.plot([p["compute"] for p in mine], [p["loss"] for p in mine], "o", markersize=3.2, color=arm.look.color)
-        said = ((found["prediction"] or {}).get("losses") or {}).get(name)
-        if said:
-            ax.plot([max(sizes)] * 2, [said["low"], said["high"]], linewidth=3.5, alpha=0.25, color=arm.look.color)
+        ax.plot([p["compute"] for p in points], [p["loss"] for p in points], "o", markersize=3.2, color=arm.look.color)
+        predicted = ((ladder["prediction"] or {}).get("losses") or {}).get(name)
+        if predicted:
+            interval = [predicted["low"], predicted["high"]]
+            ax.plot([max(sizes)] * 2, interval, linewidth=3.5, alpha=0.25, color=arm.look.color)
         ends[arm.label] = y[-1]
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -63,14 +64,14 @@ def _curves(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> 
     return Drawing("ladder", "Loss against compute", caption, fig)
 
 
-def _multipliers(found: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> Drawing:
-    names = list(dict.fromkeys(pair["first"] for pair in found["pairs"]))
-    seconds = list(dict.fromkeys(pair["second"] for pair in found["pairs"]))
+def _multipliers(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) -> Drawing:
+    names = list(dict.fromkeys(pair["first"] for pair in ladder["pairs"]))
+    seconds = list(dict.fromkeys(pair["second"] for pair in ladder["pairs"]))
     fig, axes, label = panels(len(seconds), _arms(names, looks), share=True)
     by_name = {f"{arm.placement} {arm.variant}": arm for arm in _arms(names, looks)}
     for ax, second in zip(axes, seconds, strict=True):
         ends = {}
-        for pair in (p for p in found["pairs"] if p["second"] == second and p["first"] in by_name):
+        for pair in (p for p in ladder["pairs"] if p["second"] == second and p["first"] in by_name):
             arm, rows = by_name[pair["first"]], pair["multipliers"]
             x = [row["compute"] for row in rows]
             known = [row for row in rows if not row["extrapolated"]]

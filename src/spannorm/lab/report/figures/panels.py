@@ -1,17 +1,21 @@
-"""The hand that draws: panels with named lines, curves with bands, crosses where a run failed, plain log axes."""
+"""What figures are made of: panels with named lines, curves with bands, crosses where a run failed, log axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from spannorm.lab.results.arms import LARGEST, Arm, Array, Series
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.results.files import LARGEST
+from spannorm.lab.results.runs import Array, Series
 
 WIDTH = 7.6  # inches
+MAX_ARMS = 48  # more lines than this cannot be told apart by anyone; the table still has them all
 INK, _GREY = "#222222", "#8a8a8a"
 STYLE = {
     "font.size": 8, "font.family": ["DejaVu Sans"], "axes.titlesize": 8.5, "axes.labelsize": 8,
@@ -21,6 +25,22 @@ STYLE = {
     "axes.axisbelow": True, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
     "svg.fonttype": "none", "svg.hashsalt": "spannorm",  # text stays text; the same input gives the same file
 }  # fmt: skip
+
+
+Band = tuple[Array, Array, Array, Array]
+"""x, and mean, least and greatest over the seeds."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure and the words under it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    chart: dict[str, Any] | None = None
+    """The numbers behind it, where a reader can ask for them; see `spannorm.lab.report.interactive`."""
 
 
 def panels(
@@ -89,7 +109,31 @@ def cross(ax: Any, x: float, y: float, arm: Arm) -> None:
                 clip_on=False, zorder=6)  # fmt: skip
 
 
-def band(x: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+def color_bar(fig: Figure, image: Any, words: str) -> None:
+    """A horizontal colour bar at the lower left, with words beside it."""
+    height = fig.get_figheight()
+    bar = fig.add_axes((0.45 / WIDTH, 0.2 / height, 1.6 / WIDTH, 0.07 / height))
+    fig.colorbar(image, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=6.5, length=2)
+    bar.grid(False)
+    fig.text(2.2 / WIDTH, 0.2 / height, words, fontsize=7, color="#444444")
+
+
+def map_axes(fig: Figure, left: float, bottom: float, width: float, height: float) -> Any:
+    """Axes for a map, at a place given in inches."""
+    tall = fig.get_figheight()
+    return fig.add_axes((left / WIDTH, bottom / tall, width / WIDTH, height / tall))
+
+
+def name_map(ax: Any, arm: Arm, most: int) -> None:
+    """An arm's placement and variant above its map; the variant is cut to `most` letters."""
+    variant = f"{shortened(arm.variant, most)}{' ✕' if arm.failed else ''}"
+    for words, dy, weight in ((arm.placement, 10.5, "bold"), (variant, 2.5, "normal")):
+        ax.annotate(words, (0, 1), (0, dy), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
+                    weight=weight, color=arm.look.color, parse_math=False)  # fmt: skip
+
+
+def band(x: Array, rows: Sequence[Array]) -> Band:
     """Mean, least and greatest over the rows, where at least one is finite."""
     rows = [row for row in rows if len(row) == len(x)]
     if not rows:
@@ -128,7 +172,7 @@ def numbers(values: Sequence[float | None] | None) -> Array:
 def seed_note(arms: Sequence[Arm]) -> str:
     if max(len(arm.runs) for arm in arms) == 1 and all(len(arm.rates) == 1 for arm in arms):
         return "One line per run."
-    note = "Line: mean over the seeds that held; band: least to greatest."
+    note = "Line: mean over the seeds that did not fail; band: least to greatest."
     if any(len(arm.rates) > 1 for arm in arms):
         note += " Each arm is drawn at the learning rate of its lowest validation loss."
     return note

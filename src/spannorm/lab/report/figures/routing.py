@@ -9,9 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spannorm.lab.report.figures.panels import WIDTH, band, curve, numbers, seed_note, shortened, smooth, why
-from spannorm.lab.report.figures.training import MAX_ARMS, Drawing
-from spannorm.lab.results.arms import Arm
+from spannorm.lab.report.arms import Arm
+from spannorm.lab.report.figures.panels import (
+    MAX_ARMS,
+    WIDTH,
+    Drawing,
+    band,
+    color_bar,
+    curve,
+    map_axes,
+    name_map,
+    numbers,
+    seed_note,
+    shortened,
+    smooth,
+    why,
+)
+from spannorm.lab.results.runs import Array
 
 _PANELS = {
     "max_violation": "max violation (busiest layer)",
@@ -64,43 +78,34 @@ def _health(arms: Sequence[Arm]) -> Drawing:
 
 
 def _load(arms: Sequence[Arm]) -> Drawing | None:
-    maps = []
-    for arm in arms:
-        loads = [
-            run.probes[-1]["routing"].get("load") for run in arm.shown if run.probes and "routing" in run.probes[-1]
-        ]
-        rows = [numbers(row) for row in (loads[0] or [])] if loads else []
-        if rows and len({len(row) for row in rows}) == 1 and np.isfinite(rows).any():
-            maps.append((arm, np.stack(rows) * len(rows[0])))
+    maps = [(arm, load) for arm in arms if (load := _relative_load(arm)) is not None]
     if not maps:
         return None
-    columns = min(4, len(maps))
-    lines = -(-len(maps) // columns)
-    side, pitch = (WIDTH - 0.45) / 4, 1.75
-    height = lines * pitch + 0.45
+    columns, side, pitch = min(4, len(maps)), (WIDTH - 0.45) / 4, 1.75
+    height = -(-len(maps) // columns) * pitch + 0.45
     fig = Figure(figsize=(WIDTH, height))
     for i, (arm, load) in enumerate(maps):
         row, column = divmod(i, columns)
-        box = (0.45 + column * side, height - (row + 1) * pitch + 0.1, side - 0.25, pitch - 0.5)
-        ax = fig.add_axes((box[0] / WIDTH, box[1] / height, box[2] / WIDTH, box[3] / height))
+        ax = map_axes(fig, 0.45 + column * side, height - (row + 1) * pitch + 0.1, side - 0.25, pitch - 0.5)
         image = ax.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, origin="lower", interpolation="none", aspect="auto")
         image.set_label(arm.label)
         ax.grid(False)
         ax.set_facecolor("#dddddd")
-        text = f"{shortened(arm.variant, 30)}{' ✕' if arm.failed else ''}"
-        for words, dy, weight in ((arm.placement, 10.5, "bold"), (text, 2.5, "normal")):
-            ax.annotate(words, (0, 1), (0, dy), xycoords="axes fraction", textcoords="offset points", fontsize=6.6,
-                        weight=weight, color=arm.look.color, parse_math=False)  # fmt: skip
+        name_map(ax, arm, 30)
         ax.set(xticks=[0, load.shape[1] - 1], yticks=[0, len(load) - 1])
         ax.tick_params(length=2, labelsize=6, pad=1.5)
-    bar = fig.add_axes((0.45 / WIDTH, 0.2 / height, 1.6 / WIDTH, 0.07 / height))
-    fig.colorbar(image, cax=bar, orientation="horizontal")
-    bar.tick_params(labelsize=6.5, length=2)
-    bar.grid(False)
-    fig.text(2.2 / WIDTH, 0.2 / height, "load ÷ even load (across: expert, up: sparse layer)", fontsize=7,
-             color="#444444")  # fmt: skip
+    color_bar(fig, image, "load ÷ even load (across: expert, up: sparse layer)")
     caption = (
         "Where the tokens of the last probe went, of each arm's first seed: white is the even load, blue less, red "
         "more (2 and above alike)."
     )
     return Drawing("expert_load", "Load of the experts", caption, fig)
+
+
+def _relative_load(arm: Arm) -> Array | None:
+    """Each expert's tokens over the even share, (sparse layers, experts), at the first seed's last probe."""
+    last = [run.probes[-1] for run in arm.shown if run.probes and "routing" in run.probes[-1]]
+    rows = [numbers(row) for row in (last[0]["routing"].get("load") or [])] if last else []
+    if rows and len({len(row) for row in rows}) == 1 and np.isfinite(rows).any():
+        return np.stack(rows) * len(rows[0])
+    return None
