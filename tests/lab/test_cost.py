@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spannorm.cli import app
-from spannorm.lab.cost import cost, in_words, is_large
+from spannorm.lab.jobs.cost import cost, in_words, is_large
 from spannorm.lab.jobs.plan import Plan
 from spannorm.train.recipe import load_recipe, recipe_from_dict
 

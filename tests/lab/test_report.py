@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from lab_files import arm, comparison, failed
+from our_scripts import without_our_scripts
 
 from spannorm.errors import InputError
 from spannorm.lab.report.page import draw_report
@@ -35,7 +36,8 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.text = ""
-        self.source = path.read_text(encoding="utf-8")
+        self.whole = path.read_text(encoding="utf-8")
+        self.source = without_our_scripts(self.whole)
         self.feed(self.source)
         self.words = " ".join(self.text.split())
 
@@ -192,7 +194,7 @@ def test_numbers_that_are_none_leave_the_rest_alone(tmp_path, written):
 
 
 def test_moved_files_give_the_same_page(tmp_path):
-    before = draw(tmp_path / "here", THREE).source
+    before = draw(tmp_path / "here", THREE).whole
     shutil.move(tmp_path / "here", tmp_path / "there")
     (tmp_path / "there" / "report.html").unlink()
     shutil.rmtree(tmp_path / "there" / "figures")

@@ -71,6 +71,8 @@ def test_a_lone_token_follows_the_power_recursion(placement, rule, depth):
     skip, total = closed_form(placement, depth, a, a, c * V_F, c * U_F)
     assert p.log_skip_gain == pytest.approx(skip, rel=1e-4, abs=1e-6)
     assert p.log_total_gain == pytest.approx(total, rel=1e-4, abs=1e-6)
+    # every block takes the same factor from the skip path, from the last block down to the first
+    assert p.log_skip == pytest.approx([skip * (depth - i) / depth for i in range(depth)], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name,power", [("post", 1 / 4), ("span", 1 / 2)])

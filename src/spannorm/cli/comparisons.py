@@ -69,7 +69,7 @@ def compare(
     cost_only: Annotated[bool, typer.Option("--cost", help="Run nothing: print what the runs come to.")] = False,
 ) -> None:
     """Train a recipe's arms side by side; ends in a table, results.json and report.html. Resumes when run again."""
-    from spannorm.lab.cost import cost, in_words, is_large
+    from spannorm.lab.jobs.cost import cost, in_words, is_large
     from spannorm.lab.report.table import print_results
 
     recipe = options.load()

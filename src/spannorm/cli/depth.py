@@ -19,6 +19,7 @@ from spannorm.cli.options import (
     listed,
     numbers,
     run_files,
+    writable,
 )
 
 COMMA = "Comma-separated."
@@ -54,8 +55,16 @@ class Stacks:
     imports: Imports = None
 
 
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="Write them as one page to explore, without a network.", callback=writable
+    ),
+]
+
+
 @grouped(Stacks)
-def theory(options: Stacks, depth_rules: DepthRules = "none,default,1/sqrt(L)") -> None:
+def theory(options: Stacks, depth_rules: DepthRules = "none,default,1/sqrt(L)", html: HtmlFile = None) -> None:
     """Predict signal and gradient at initialization, and say what they mean. Builds no model."""
     from spannorm.lab.depth.theory import cases, sizes, theory_of
     from spannorm.lab.depth.words import progress, show
@@ -66,6 +75,10 @@ def theory(options: Stacks, depth_rules: DepthRules = "none,default,1/sqrt(L)") 
     with progress(len(chosen), "") as on_case:
         results = theory_of(chosen, on_case)
     show(chosen, results, options.json_file, options.plot)
+    if html:
+        from spannorm.lab.depth.explorer import write_explorer
+
+        write_explorer(chosen, html)
 
 
 @grouped(Stacks)

@@ -48,6 +48,8 @@ class Prediction:
     log_gradient: tuple[float, ...]
     """ln of the gradient's RMS at the block's input, divided by that at the stack's output. With several streams: the
     gradient with respect to a change that is added to all streams at once."""
+    log_skip: tuple[float, ...]
+    """The same logarithm with both branches' outputs detached: what the skip path alone carries."""
     log_skip_gain: float
     """ln of the whole stack's gain with both branches' outputs detached."""
     log_total_gain: float
@@ -87,7 +89,7 @@ def _predict(
     kind: type, placement: str, num_layers: int, depth_rule: str, body: Body, options: tuple[tuple[str, Any], ...]
 ) -> Prediction:
     stretches = _forward(Stack(placement, num_layers, depth_rule, dict(options), body.norm), body)
-    gradient, shares, log_gain = _backward(stretches, body)
+    gradient, skip, shares, log_gain = _backward(stretches, body)
     names = dict.fromkeys(name for block, _, _ in stretches for name in block.sites)
     return Prediction(
         placement=placement,
@@ -99,6 +101,7 @@ def _predict(
         attention_share=tuple(attention for attention, _ in shares),
         ffn_share=tuple(ffn for _, ffn in shares),
         log_gradient=tuple(gradient),
+        log_skip=tuple(skip),
         log_skip_gain=log_gain["skip"],
         log_total_gain=log_gain["total"],
         total_attention_share=-math.expm1(2 * (log_gain["without attention"] - log_gain["total"])),
@@ -141,18 +144,25 @@ def _forward(stack: Stack, body: Body) -> list[Stretch]:
     return stretches
 
 
-def _backward(stretches: list[Stretch], body: Body) -> tuple[list[float], list[tuple[float, float]], dict[str, float]]:
+def _backward(
+    stretches: list[Stretch], body: Body
+) -> tuple[list[float], list[float], list[tuple[float, float]], dict[str, float]]:
     """Follow the gradient from the stack's output to the embedding. Its scale is kept apart, as a logarithm.
 
     Returns:
-        ln of the gradient at the input of each stretch, first to last; the shares of attention and of the feed-forward
-        there; ln of the gain from end to end by path.
+        ln of the gradient at the input of each stretch, first to last; the same of the skip path alone; the shares of
+        attention and of the feed-forward there; ln of the gain from end to end by path.
     """
     logs = dict.fromkeys(PATHS, 0.0)
     rates: dict[str, float] = {}
     covariances: dict[str, Covariances] = {path: {(0, 0): body.coincidence()} for path in PATHS}
     gradient: list[float] = []
+    skip: list[float] = []
     shares: list[tuple[float, float]] = []
+
+    def at_input(path: str) -> float:
+        return logs[path] + 0.5 * math.log(_meeting(covariances[path], body))
+
     for block, length, _ in reversed(stretches):
         arriving = covariances["total"]
         power = _meeting(block.backward(arriving), body)
@@ -160,9 +170,9 @@ def _backward(stretches: list[Stretch], body: Body) -> tuple[list[float], list[t
         shares.append((attention, ffn))
         for path in PATHS:
             logs[path] += _descend(block, covariances, path, length, rates, body)
-        gradient.append(logs["total"] + 0.5 * math.log(_meeting(covariances["total"], body)))
-    log_gain = {path: logs[path] + 0.5 * math.log(_meeting(covariances[path], body)) for path in PATHS}
-    return gradient[::-1], shares[::-1], log_gain
+        gradient.append(at_input("total"))
+        skip.append(at_input("skip"))
+    return gradient[::-1], skip[::-1], shares[::-1], {path: at_input(path) for path in PATHS}
 
 
 def _continued(first: Covariances, second: Covariances, third: Covariances, steps: int) -> Covariances:

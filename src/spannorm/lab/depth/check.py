@@ -47,7 +47,8 @@ def measurements(model: SpanNormForCausalLM, ids: torch.Tensor) -> Measured:
     """What a model does with token ids (batch, seq): the quantities, profiles by layer, and the loss."""
 
     def loss_of() -> torch.Tensor:
-        return model(ids, labels=ids, use_cache=False).loss
+        loss: torch.Tensor = model(ids, labels=ids, use_cache=False).loss
+        return loss
 
     training = model.training
     model.eval()
@@ -191,7 +192,7 @@ def _trained(
     yield from measured
 
 
-class _Watcher(TrainerCallback):
+class _Watcher(TrainerCallback):  # type: ignore[misc]
     def __init__(self, measure_at: Callable[[int], None], steps: set[int]) -> None:
         self.measure_at, self.steps = measure_at, steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Results = Mapping[str, Any]
 def draw(chosen: Sequence[Case], results: Results, path: Path) -> list[Path]:
     """Skip gain and total gain against depth: lines predicted, points measured. Where stacks were trained, a second
     file, `<name>-training`, shows the deepest ones through it. Returns the files."""
-    figures = {path: lambda: gains(chosen, results)}
+    figures: dict[Path, Callable[[], Figure]] = {path: lambda: gains(chosen, results)}
     if any(row["step"] for row in results["rows"]):
         figures[path.with_stem(f"{path.stem}-training")] = lambda: training(chosen, results)
     with matplotlib.rc_context(STYLE):

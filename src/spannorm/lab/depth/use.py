@@ -63,19 +63,8 @@ def use_of_folder(
     path = model_folder(folder)
     with quiet():
         model = _load(path).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    length = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
     ids = torch.from_numpy(_ids(folder, path, data, text)).long().to(next(model.parameters()).device)
-    if len(ids) and int(ids.max()) >= model.config.vocab_size:
-        raise InputError(
-            f"token {int(ids.max())} is none of the model's {model.config.vocab_size}: give the tokens that it was "
-            "trained on, or --text FILE, which its own tokenizer reads."
-        )
-    rows = ids[: len(ids) // length * length].view(-1, length)[: (1 + FIT) * sequences]
-    if len(rows) < 2 * sequences:
-        raise InputError(
-            f"{len(ids)} tokens are {len(rows)} sequences of {length}; --sequences {sequences} takes at least twice as "
-            "many: give more text, or fewer sequences."
-        )
+    rows = _rows(ids, model.config, sequences)
 
     def loss_of(batch: Tensor) -> Tensor:
         loss: Tensor = model(batch, labels=batch, use_cache=False).loss
@@ -83,11 +72,13 @@ def use_of_folder(
 
     size = min(batch_size, sequences)
     measured = rows[: sequences // size * size]
-    use = depth_use(model, loss_of, measured.split(size), fit=rows[len(measured) :].split(size), reach=reach)
+    use = depth_use(
+        model, loss_of, torch.split(measured, size), fit=torch.split(rows[len(measured) :], size), reach=reach
+    )
     results: dict[str, Any] = {
         "model": str(path),
         "sequences": len(measured),
-        "sequence_length": length,
+        "sequence_length": rows.shape[1],
         **finite(use.to_dict()),
         "effect_on_later": finite(use.effect_on_later()),
         "versions": versions(),
@@ -101,6 +92,23 @@ def use_of_folder(
         draw(results).savefig(content, format="png", dpi=200, metadata={})
         write_bytes(out / PICTURE, content.getvalue())
     return results
+
+
+def _rows(ids: Tensor, config: Any, sequences: int) -> Tensor:
+    """The tokens as sequences (n, length): those to measure on, then those that linear maps are fitted on."""
+    length = min(getattr(config, "max_position_embeddings", None) or 512, 512)
+    if len(ids) and int(ids.max()) >= config.vocab_size:
+        raise InputError(
+            f"token {int(ids.max())} is none of the model's {config.vocab_size}: give the tokens that it was "
+            "trained on, or --text FILE, which its own tokenizer reads."
+        )
+    rows = ids[: len(ids) // length * length].view(-1, length)[: (1 + FIT) * sequences]
+    if len(rows) < 2 * sequences:
+        raise InputError(
+            f"{len(ids)} tokens are {len(rows)} sequences of {length}; --sequences {sequences} takes at least twice as "
+            "many: give more text, or fewer sequences."
+        )
+    return rows
 
 
 def _load(path: Path) -> Any:

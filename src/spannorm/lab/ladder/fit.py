@@ -54,14 +54,14 @@ class Fit:
     def loss(self, arm: str, *values: float) -> float:
         """The loss that is fitted to an arm, nats per token."""
         terms = zip(self.powers[arm], values, self.scales, strict=True)
-        return self.irreducible + sum(a * (value / scale) ** -power for (a, power), value, scale in terms)
+        return self.irreducible + float(sum(a * (value / scale) ** -power for (a, power), value, scale in terms))
 
     def compute(self, arm: str, loss: float) -> float:
         """The compute at which an arm's curve (of one term) reaches a loss; infinite at E and below."""
         ((a, power),) = self.powers[arm]
         if loss <= self.irreducible:
             return math.inf
-        return self.scales[0] * (a / (loss - self.irreducible)) ** (1 / power)
+        return float(self.scales[0] * (a / (loss - self.irreducible)) ** (1 / power))
 
     def multiplier(self, first: str, second: str, loss: float) -> float:
         """How many times the first's compute the second takes to the same loss: above 1 the first saves compute."""

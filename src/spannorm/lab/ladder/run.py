@@ -12,7 +12,7 @@ import torch
 
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
-from spannorm.lab.cost import config_without_tokens
+from spannorm.lab.jobs.cost import config_without_tokens
 from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan

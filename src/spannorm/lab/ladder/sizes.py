@@ -99,20 +99,7 @@ def rungs(recipe: Recipe) -> list[Rung]:
     """
     ladder, t = recipe.ladder, recipe.train
     sizes = ladder.sizes
-    if len(sizes) < 4:
-        raise InputError(
-            "ladder.sizes takes four sizes or more: three to fit a curve through, and the largest, which is predicted "
-            f"from them; got {list(sizes)}."
-        )
-    if sorted(set(sizes)) != list(sizes) or sizes[0] < 1:
-        raise InputError(f"ladder.sizes must ascend and be above 0; got {list(sizes)}.")
-    for key, most in (("rate_sizes", len(sizes) - 2), ("seeded_sizes", len(sizes)), ("side", len(sizes) - 2)):
-        if getattr(ladder, key) > most:
-            raise InputError(
-                f"ladder.{key} must be at most {most} with {len(sizes)} sizes; got {getattr(ladder, key)}."
-            )
-    if given := sorted({"num_hidden_layers", "hidden_size", "intermediate_size"} & set(recipe.model)):
-        raise InputError(f"a ladder chooses the model's sizes: take {', '.join(given)} out of the model section.")
+    _check_sizes(recipe)
     side = sizes[ladder.side]
     wanted = [("size", size, ladder.tokens_per_parameter, 0) for size in sizes]
     wanted += [("tokens", side, ratio, 0) for ratio in ladder.token_ratios]
@@ -137,3 +124,22 @@ def rungs(recipe: Recipe) -> list[Rung]:
             )
         rungs += [] if twin is not None else [rung]
     return rungs
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuse too few sizes, sizes that do not ascend, and a model whose sizes are given."""
+    ladder, sizes = recipe.ladder, recipe.ladder.sizes
+    if len(sizes) < 4:
+        raise InputError(
+            "ladder.sizes takes four sizes or more: three to fit a curve through, and the largest, which is predicted "
+            f"from them; got {list(sizes)}."
+        )
+    if sorted(set(sizes)) != list(sizes) or sizes[0] < 1:
+        raise InputError(f"ladder.sizes must ascend and be above 0; got {list(sizes)}.")
+    for key, most in (("rate_sizes", len(sizes) - 2), ("seeded_sizes", len(sizes)), ("side", len(sizes) - 2)):
+        if getattr(ladder, key) > most:
+            raise InputError(
+                f"ladder.{key} must be at most {most} with {len(sizes)} sizes; got {getattr(ladder, key)}."
+            )
+    if given := sorted({"num_hidden_layers", "hidden_size", "intermediate_size"} & set(recipe.model)):
+        raise InputError(f"a ladder chooses the model's sizes: take {', '.join(given)} out of the model section.")

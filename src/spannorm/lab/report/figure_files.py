@@ -69,10 +69,10 @@ def _in_tags(pattern: str, new: str | Callable[[re.Match[str]], str], svg: str, 
     """`re.sub` inside the tags alone: what stands between them is a stranger's text."""
     left = [count]
 
-    def tag(found: re.Match[str]) -> str:
+    def tag(match: re.Match[str]) -> str:
         if count and not left[0]:
-            return found[0]
-        text, done = re.subn(pattern, new, found[0], count=left[0])
+            return match[0]
+        text, done = re.subn(pattern, new, match[0], count=left[0])
         left[0] -= done if count else 0
         return text
 
@@ -86,6 +86,6 @@ def _inlined(svg: str, name: str) -> str:
     svg = _in_tags(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", svg, count=4)
     # Several figures share a page: what one calls `clip1` must not be another's. Most ids name nothing used.
     used = {n for tag in re.findall(r"<[^>]*>", svg) for n in re.findall(r'(?:url\(#|href="#)([^")]+)', tag)}
-    svg = _in_tags(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = _in_tags(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
     svg = _in_tags(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="title-{name}"', 1)

@@ -14,10 +14,11 @@ from typing import Any
 
 import matplotlib
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from spannorm.errors import InputError
 from spannorm.files import write_text, writing_to
+from spannorm.lab.charts.library import INSTALL, library, own_scripts, packed_json
 from spannorm.lab.report.ablation import Ablation, ablation
 from spannorm.lab.report.answers import AnswersTable, answers
 from spannorm.lab.report.arms import Arm, Key, choose, read_arms
@@ -29,6 +30,7 @@ from spannorm.lab.report.figures.layers import draw_layers
 from spannorm.lab.report.figures.panels import MAX_ARMS, STYLE, Drawing
 from spannorm.lab.report.figures.routing import draw_routing
 from spannorm.lab.report.figures.training import draw_ramps, draw_rates, draw_training
+from spannorm.lab.report.interactive import Name, legend, with_charts
 from spannorm.lab.report.looks import Look, looks
 from spannorm.lab.report.rows import TableRow, rows_of, strip
 from spannorm.lab.report.words import about, behind, count, number
@@ -58,6 +60,7 @@ class Section:
     ablation: Ablation | None
     answers: AnswersTable | None
     figures: Figures
+    legend: list[Name]
     left_out: int
     """Arms beyond what a figure can hold."""
 
@@ -98,6 +101,10 @@ def draw_report(directory: Path) -> Path:
         recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True),
         unigram=_unigram(jobs),
         criteria=CRITERIA,
+        library=library(),
+        charts=any(drawing.chart for section in sections for drawing, _ in section.figures),
+        own_scripts=own_scripts("charts/live.js", "report/report.js"),
+        install=INSTALL,
     )  # fmt: skip
     with writing_to(directory):
         write_text(page_file, page)
@@ -161,11 +168,11 @@ def _peak(results: Mapping[str, Any], ramps: Sequence[Tolerance]) -> float:
 
 
 def _environment() -> Environment:
+    loaders = [PackageLoader(f"spannorm.lab.{room}", ".") for room in ("report", "charts")]
     environment = Environment(
-        loader=PackageLoader("spannorm.lab.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
-    environment.filters.update(number=number, count=count)
+    environment.filters.update(number=number, count=count, packed=packed_json)
     return environment
 
 
@@ -189,7 +196,8 @@ def _headlines(results: Mapping[str, Any], ramps: Sequence[Tolerance], races: Se
 def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Drawing]:
     """The figures by step and by layer."""
     drawings = [*draw_training(arms, unigram), *draw_layers(arms), *draw_collapse(arms), *draw_routing(arms)]
-    return [drawing for drawing in drawings if not (ramp and drawing.name == "loss")]
+    drawings = [drawing for drawing in drawings if not (ramp and drawing.name == "loss")]
+    return with_charts(drawings, arms, unigram) if library() else drawings
 
 
 def _section(name: str, arms: Sequence[Arm], rows: list[TableRow], figures: Figures) -> Section:
@@ -201,5 +209,6 @@ def _section(name: str, arms: Sequence[Arm], rows: list[TableRow], figures: Figu
         ablation=ablation(arms) if rows else None,
         answers=answers(arms) if rows else None,
         figures=figures,
+        legend=legend(arms) if figures else [],
         left_out=max(0, len(arms) - MAX_ARMS),
     )

@@ -101,9 +101,9 @@ def _against(key: str, rest: Condition, group: Sequence[ArmsThere], number: int)
     label(axes[1], ends)
     caption = (
         f"Each arm at its own best learning rate against {what}{f' ({condition_words(rest)})' if rest else ''}. Left: "
-        "mean over the seeds that held, and every seed (the test split where it was confirmed on fresh seeds, else "
-        "validation); an arm with a ✕ on the upper edge has none that held. Right: that learning rate, a ring where it "
-        "lies on the edge of those tried."
+        "mean over the seeds that did not fail, and every seed (the test split where it was confirmed on fresh seeds, "
+        "else validation); an arm with a ✕ on the upper edge has no such seed. Right: that learning rate, a ring where "
+        "it lies on the edge of those tried."
     )
     return Drawing(f"against_{what}{number or ''}", f"Loss against {what}", caption, fig)
 

@@ -39,6 +39,8 @@ class Drawing:
     title: str
     caption: str
     figure: Figure
+    chart: dict[str, Any] | None = None
+    """The numbers behind it, where a reader can ask for them; see `spannorm.lab.report.interactive`."""
 
 
 def panels(
@@ -170,7 +172,7 @@ def numbers(values: Sequence[float | None] | None) -> Array:
 def seed_note(arms: Sequence[Arm]) -> str:
     if max(len(arm.runs) for arm in arms) == 1 and all(len(arm.rates) == 1 for arm in arms):
         return "One line per run."
-    note = "Line: mean over the seeds that held; band: least to greatest."
+    note = "Line: mean over the seeds that did not fail; band: least to greatest."
     if any(len(arm.rates) > 1 for arm in arms):
         note += " Each arm is drawn at the learning rate of its lowest validation loss."
     return note

@@ -151,8 +151,9 @@ def _rates(arms: Sequence[Arm]) -> Drawing | None:
     ax.set(xlabel="peak learning rate", ylabel="validation loss (nats per token)")
     label(ax, ends)
     caption = (
-        "Final validation loss by learning rate: mean over the seeds that held, with bars from least to greatest. A ✕ "
-        "in the upper strip is an arm that failed at that rate with at least one seed. What lies far above is cut off."
+        "Final validation loss by learning rate: mean over the seeds that did not fail, with bars from least to "
+        "greatest. A ✕ in the upper strip is an arm that failed at that rate with at least one seed. What lies far "
+        "above is cut off."
     )
     if edge:
         caption += f" The lowest loss lies on the edge of the grid, which should be extended, for {', '.join(edge)}."
