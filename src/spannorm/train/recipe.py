@@ -56,7 +56,7 @@ class TrainRecipe:
     batch_size: int = limited(4, least=1, most=_AT_ONCE)
     """Sequences per forward pass; an upper limit with several processes, because they share a step's sequences."""
     accumulation: int = limited(1, least=1, most=_AT_ONCE)
-    """Forward passes per optimizer step. A step has batch_size · accumulation sequences, for any number of processes."""
+    """Forward passes per optimizer step. A step has batch_size · accumulation sequences, over all processes."""
     learning_rate: float = limited(6e-3, above=0, most=1e6)
     """Peak learning rate."""
     optimizer: str = limited("adamw", known=OPTIMIZERS)
