@@ -13,7 +13,7 @@ from spannorm.lab.ladder.fit import Point, bootstrap, fit
 from spannorm.lab.ladder.outcome import outcome
 from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import PREDICTION, sealed
-from spannorm.lab.ladder.sizes import rungs, shape
+from spannorm.lab.ladder.sizes import heads_of, rungs, shape
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
 RECIPE = {
@@ -75,7 +75,8 @@ def test_a_size_becomes_a_shape_near_its_parameters_and_aspect(size):
     aspect, head = (4, 8) if size < 1e6 else (32, 64)
     blocks, width = shape(size, aspect, head)
     parameters = blocks * (4 * width**2 + 3 * width * 8 * math.ceil(width / 3))
-    assert width % head == 0
+    heads = heads_of(width, head)
+    assert width % (2 * heads) == 0 and 0.7 < width / heads / head < 1.5
     assert parameters == pytest.approx(size, rel=0.15)
     assert width / blocks == pytest.approx(aspect, rel=0.5)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from spannorm.lab.plan import Job, Plan
-from spannorm.models import SpanNormForCausalLM
+from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 from spannorm.train.recipe import Recipe, TrainRecipe
 from spannorm.train.run import model_config
 from spannorm.train.summary import flops_per_token
@@ -66,13 +66,18 @@ def cost(recipe: Recipe) -> Cost:
     return Cost(len(jobs), bool(recipe.compare.protocol.seeds), tokens, flops, (min(sizes), max(sizes)))
 
 
-def _sizes(job: Job) -> tuple[int, int]:
-    """Parameters, and operations per token. Without tokens at hand, a tokenizer's vocabulary is the configuration's."""
-    config, data = model_config(job.recipe), job.recipe.data
-    if "vocab_size" not in job.recipe.model and data.tokenizer in ("bytes", "bpe"):
+def config_without_tokens(recipe: Recipe) -> SpanNormConfig:
+    """A run's configuration before its text was read: a tokenizer of others' counts as the default vocabulary."""
+    config, data = model_config(recipe), recipe.data
+    if "vocab_size" not in recipe.model and data.tokenizer in ("bytes", "bpe"):
         config.vocab_size = 257 if data.tokenizer == "bytes" else data.vocab_size
+    return config
+
+
+def _sizes(job: Job) -> tuple[int, int]:
+    """Parameters, and operations per token."""
     with torch.device("meta"):
-        model = SpanNormForCausalLM(config)
+        model = SpanNormForCausalLM(config_without_tokens(job.recipe))
     return model.num_parameters(), flops_per_token(model, job.recipe.train.sequence_length)
 
 

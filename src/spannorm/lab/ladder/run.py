@@ -12,13 +12,14 @@ import torch
 
 from spannorm.errors import InputError
 from spannorm.files import read_json, write_json
+from spannorm.lab.cost import config_without_tokens
 from spannorm.lab.ladder.outcome import outcome, prediction
 from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
 from spannorm.lab.plan import Done, Job
 from spannorm.models import SpanNormForCausalLM
 from spannorm.train.needs import short
 from spannorm.train.recipe import Recipe
-from spannorm.train.run import RESULT, model_config
+from spannorm.train.run import RESULT
 
 PREDICTION = "prediction.json"
 _TIMED_TOKENS = 1024
@@ -99,7 +100,7 @@ def _counts(plan: LadderPlan) -> list[int]:
 
 def _seconds_per_token(job: Job) -> float:
     t = job.recipe.train
-    model = SpanNormForCausalLM(model_config(job.recipe)).train()
+    model = SpanNormForCausalLM(config_without_tokens(job.recipe)).train()
     if torch.cuda.is_available():
         model.cuda()
     ids = torch.zeros(max(1, _TIMED_TOKENS // t.sequence_length), t.sequence_length, dtype=torch.long)

@@ -67,15 +67,22 @@ def block_parameters(width: int, ffn: int) -> int:
     return 4 * width * width + 3 * width * ffn
 
 
+def heads_of(width: int, head_size: int) -> int:
+    """How many heads share a width evenly, each of an even size as near to `head_size` as can be."""
+    shares = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+    return min(shares, key=lambda n: abs(math.log(width / n / head_size)))
+
+
 def shape(parameters: float, aspect: float, head_size: int, blocks: int = 0) -> tuple[int, int]:
     """Blocks and width of a model of about so many parameters.
 
-    Of all widths of whole heads the one whose width per block is nearest to `aspect` (on a log scale, parameters
-    weighing four times as much), or, where `blocks` is given, whose parameters are nearest.
+    Of all multiples of half a head the width whose width per block is nearest to `aspect` (on a log scale, parameters
+    weighing four times as much). Where `blocks` is given, of all multiples of an eighth of a head the one whose
+    parameters are nearest.
     """
     found: list[tuple[float, int, int]] = []
-    for heads in range(1, 1 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / head_size) + 1):
-        width = heads * head_size
+    step = max(2, 2 * (head_size // (16 if blocks else 4)))
+    for width in range(step, step * (2 + math.ceil(2 * (parameters * aspect) ** (1 / 2) / step)), step):
         own = block_parameters(width, ffn_size(width))
         depth = blocks or max(1, round(parameters / own))
         off = abs(math.log(depth * own / parameters))
@@ -120,7 +127,7 @@ def rungs(recipe: Recipe) -> list[Rung]:
         batch = max(1, round(t.batch_size * (tokens / first) ** ladder.batch_exponent))
         steps = max(2, round(tokens / (batch * t.sequence_length)))
         warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
-        heads = width // ladder.head_size
+        heads = heads_of(width, ladder.head_size)
         rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
         twin = next((r for r in found if r.overrides == rung.overrides), None)
         if twin is not None and kind == "size":
