@@ -1,9 +1,8 @@
 """spannorm: decide where the norms of a deep Transformer go.
 
 Names load on first use, so that `import spannorm` is quick. The core (placements, depth rules, init, theory, probes)
-needs PyTorch and NumPy; `rewire`, `load`, `SpanNormConfig` and the models need Transformers; `audit`
-needs it for a configuration only. `import spannorm.models`
-registers the models with the Auto classes.
+needs PyTorch and NumPy. `rewire`, `load`, `SpanNormConfig` and the models need Transformers; `audit` needs it only for
+a configuration. `import spannorm.models` registers the models with the Auto classes.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import Any
 
 
 def adopt(thing: Any, mixin: type) -> None:
-    """Let `mixin` override the methods of one instance; its class keeps its name and stays a subclass of what it was.
+    """Let `mixin` override the methods of one instance. Its new class has the old class's name, and is a subclass.
 
-    Not a patched method: Transformers hooks classes (checkpointing wraps `forward` when a class is made, recording asks
-    `isinstance`, wrapping policies go by class name), and all of that goes on working.
+    A patched method would not be enough, because Transformers works with classes: checkpointing wraps `forward` when a
+    class is made, recording uses `isinstance`, wrapping policies use the class name. All of these go on working.
     """
     own: Any = type(thing)
     thing.__class__ = adopted_class(own, mixin)
@@ -19,7 +19,7 @@ def adopt(thing: Any, mixin: type) -> None:
 
 @cache
 def adopted_class(base: type, mixin: type) -> Any:
-    """The subclass of `base` that `mixin` overrides; one for all instances."""
+    """The subclass of `base` with the methods of `mixin`; one for all instances."""
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -30,6 +30,6 @@ def adopted_class(base: type, mixin: type) -> Any:
 
 
 def _blank(base: type, mixin: type) -> Any:
-    """What pickle and deepcopy start from: a generated class is not to be found by its name."""
+    """Makes an instance for pickle and deepcopy, which cannot find a generated class by its name."""
     cls = adopted_class(base, mixin)
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""The file beside a saved model by which Transformers' Auto classes open it before anybody has imported spannorm."""
+"""The file in a saved model's folder with which Transformers' Auto classes open it before spannorm is imported."""
 
 from __future__ import annotations
 

@@ -12,23 +12,23 @@ from spannorm.shapes import State, Stream
 
 
 class Block(nn.Module):
-    """A placement around two modules of your own.
+    """A placement around your own attention and feed-forward modules.
 
         stack = Stack("span", 24)
         blocks = nn.ModuleList(Block(MyAttention(), MyFFN(), stack.block(b, hidden_size=512)) for b in range(24))
 
-    The model adds a norm after the last block where `stack.final_norm` says so, and one after the embedding where
-    `stack.embedding_norm` does. `init_plan`, `init_weights_` and `parameter_groups` know the matrices by the names in
-    `spannorm.roles.LLAMA`, or by the `roles` that you give them.
+    Your model adds a norm after the last block if `stack.final_norm` is true, and one after the embedding if
+    `stack.embedding_norm` is true. `init_plan`, `init_weights_` and `parameter_groups` recognize matrices by the names
+    in `spannorm.roles.LLAMA`, or by the `roles` that you give them.
 
     Args:
-        attn: (batch, seq, hidden) and whatever else the block is called with → (batch, seq, hidden).
+        attn: (batch, seq, hidden) and all further arguments of the block → (batch, seq, hidden).
         ffn: (batch, seq, hidden) → (batch, seq, hidden).
-        placement: one that is built, or a name of `spannorm.PLACEMENTS` with `sizes`.
+        placement: a placement, or a name of `spannorm.PLACEMENTS` together with `sizes`.
         sizes: `hidden_size`, `layer_idx`, `num_layers`, and the other arguments of `spannorm.build_placement`.
 
     Raises:
-        InputError: those of `build_placement`.
+        InputError: as in `build_placement`.
     """
 
     def __init__(self, attn: nn.Module, ffn: nn.Module, placement: Placement | str = "span", **sizes: Any) -> None:
@@ -44,5 +44,5 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Stream, *args: Any, **kwargs: Any) -> State:
-        # functions, not modules: Accelerate's hooks would move a module that is an argument
+        # functions, because Accelerate's hooks would move a module given as an argument
         return self.placement(x, lambda y: self.attn(y, *args, **kwargs), lambda y: self.ffn(y))

@@ -1,4 +1,4 @@
-"""What each placement is, read from its own docstring: the one source of the command line's and the docs' words.
+"""Descriptions of the placements, read from their docstrings. The command line and the docs both use them.
 
 `catalog.json` beside this file holds the same entries, so that listing them needs no PyTorch. `make docs` writes it.
 A test compares it with the docstrings.
@@ -31,7 +31,7 @@ class Entry:
     summary: str
     diagram: str
     fields: dict[str, str]
-    """`Equation`, `Ends`, `Init`, `Source`, `Our reading`; those the docstring has."""
+    """`Equation`, `Ends`, `Init`, `Source`, `Our reading`, as far as the docstring has them."""
     depth_rule: str
     """The default, resolved."""
     base_init: str
@@ -90,7 +90,7 @@ def as_text(e: Entry) -> str:
 
 
 def print_entries(entries: Sequence[Entry]) -> None:
-    """Print placements as a table: equation, then ends, init, source and what is our reading."""
+    """Print placements as a table: equation, then ends, init, source and our reading."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
     table.add_column("name", no_wrap=True, style="bold")
     table.add_column("equation, ends, init, source, our reading", ratio=1)

@@ -1,4 +1,4 @@
-"""The terminal: text is shown as it is, and a table that does not fit loses numbers rather than words."""
+"""The terminal. Text is shown as it is. A table that does not fit loses columns of numbers before words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOTE = 24
 
 
 class PlainConsole(Console):
-    """A console for which `[bold]` and `:smile:` are text, and a control character is spelled out."""
+    """A console that prints `[bold]` and `:smile:` as text, and control characters as escapes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
@@ -27,18 +27,18 @@ class PlainConsole(Console):
 
 
 def wide_console() -> Console:
-    """The terminal's console; where output goes to a file, wide enough for the tables."""
+    """The terminal's console. If output goes to a file, it is wide enough for the tables."""
     console = PlainConsole()
     return console if console.is_terminal else PlainConsole(width=140)
 
 
 def say(console: Console, text: str) -> None:
-    """Print a text as it is, its lines left to the terminal to break."""
+    """Print a text as it is. The terminal breaks its lines."""
     console.print(Text(plain(text)), soft_wrap=True)
 
 
 class Grid:
-    """A table of which each column is needed, or spare where the terminal is narrow.
+    """A table. Some of its columns are left out if the terminal is narrow.
 
     Args:
         title: above the table.
@@ -53,9 +53,9 @@ class Grid:
         """Add a column.
 
         Args:
-            kind: `text`; `number`, at the right; `spare`, a number that is left out where there is no room, the last
-                one first; `note`, which breaks into lines.
-            width: of cells that are no text.
+            kind: `text`; `number`, aligned right; `spare`, a number that is left out if there is no room (the last
+                spare column first); `note`, which breaks into lines.
+            width: the width of cells that are no text.
         """
         self.columns.append((heading, kind, width))
 
@@ -63,8 +63,8 @@ class Grid:
         self.rows.append((cells, style))
 
     def fitted(self, console: Console) -> Table | Text:
-        """The table at the console's width, without spare columns where there is no room for them, and as a line for
-        each row where there is none for the rest: nothing that is needed is cut off."""
+        """The table at the console's width. If there is no room, it has no spare columns; if there is still no room, it
+        becomes a list with a line per row. Needed values are never cut off."""
         kept = list(range(len(self.columns)))
         while self._width(kept) > console.width:
             spare = [i for i in kept if self.columns[i][1] == "spare"]

@@ -1,4 +1,4 @@
-"""The one error for bad input, and the words that help mend it."""
+"""The one error for bad input, with a message that says how to correct it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work. The message names the rule, what was given and what to do.
+    """The user's input cannot work. The message names the rule, what was given and what to do.
 
-    The command line prints it alone and exits with 2; a library caller may catch it as a `ValueError`.
+    The command line prints only the message and exits with 2. A library caller may catch it as a `ValueError`.
     """
 
 
 class DiskError(InputError):
-    """The disk of this process would not take what was to be written."""
+    """The disk refused a write."""
 
 
 class Stopped(Exception):
-    """The work was asked to stop (Ctrl-C, SIGTERM), has saved what it did, and goes on when run again.
+    """The work stopped on request (Ctrl-C, SIGTERM) and has saved its state. Run it again to continue.
 
-    The command line exits with `exit_code`: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) where a scheduler asked.
+    The command line exits with `exit_code`: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal.
     """
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal ended the work where there was nothing to save. No `except Exception` on the way stops it."""
+    """A signal ended the work when there was nothing to save. `except Exception` does not catch it."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("stopped; what was complete is kept")
@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 
 
 def unknown(what: str, given: object, known: Iterable[object]) -> InputError:
-    """The error for a name that is not known: names the nearest known one, and all of them."""
+    """The error for an unknown name. The message has the nearest known name, and all known names."""
     names = [str(name) for name in known]
     near = get_close_matches(shorter(str(given)) if isinstance(given, str) else "", names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -45,7 +45,7 @@ def unknown(what: str, given: object, known: Iterable[object]) -> InputError:
 
 
 def one_of(what: str, given: object, known: Iterable[str]) -> str:
-    """The name, if it is one of those known; else the error of `unknown`."""
+    """The name, if it is known; otherwise raises the error of `unknown`."""
     names = list(known)
     if not isinstance(given, str) or given not in names:
         raise unknown(what, given, names)
@@ -53,7 +53,7 @@ def one_of(what: str, given: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message can hold it: in one line, and cut where it is long."""
+    """A value as text for a message: on one line, and cut if it is long."""
     try:
         return shorter(repr(value))
     except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
@@ -61,5 +61,5 @@ def shown(value: object) -> str:
 
 
 def shorter(text: str, most: int = 80) -> str:
-    """A text, or the beginning of one that is too long to be read in a message."""
+    """A text, or the beginning of a text that is too long for a message."""
     return text if len(text) <= most else f"{text[:most]}…"

@@ -1,6 +1,6 @@
-"""Writing files so that nothing is ever half-written; reading files that somebody may have edited.
+"""Writing files that are never half-written, and reading files that a user may have edited.
 
-Disk trouble, and a file that is not what it was, read as one clear sentence.
+A disk error or an edited file becomes an error with one clear sentence.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TROUBLE = {
     errno.ELOOP: "a symbolic link is in the way, or leads back to itself",
 }
 LARGEST = 1 << 28
-"""Bytes of a file that is read whole, 256 MiB: what is longer was not written by this package."""
+"""Largest file that is read, in bytes (256 MiB). This package does not write longer ones."""
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turns the disk's own errors, inside the block, into an `InputError` that names the folder and the cure."""
+    """Within the block, a disk error becomes an `InputError` that names the folder and what to do."""
     try:
         yield
     except Exception as error:
@@ -55,7 +55,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 def _disk_trouble(error: Exception, folder: Path) -> str | None:
     if isinstance(error, OSError) and error.errno in _TROUBLE:
         return _TROUBLE[error.errno]
-    # torch.save and safetensors pass on the words at best, and not the errno
+    # the errors of torch.save and safetensors have the text at best, and not the errno
     if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
         for number, reason in _TROUBLE.items():
             if os.strerror(number) in str(error):
@@ -67,7 +67,7 @@ def _disk_trouble(error: Exception, folder: Path) -> str | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and make sure that files can be written in it, before any time is spent."""
+    """Create a folder and check that files can be written in it, before any work starts."""
     with writing_to(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(path: Path) -> Path:
-    """A file that is to be written later: an `InputError` now, before any time is spent, where it cannot be."""
+    """Check that a file can be written later. If not, the `InputError` comes now, before any work starts."""
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no file that can be written: give the name of a file.")
     if not path.parent.is_dir():
@@ -96,12 +96,12 @@ def check_writable(path: Path) -> Path:
 
 
 def _new(path: Path) -> Path:
-    """The file beside `path` that is renamed to it when it is whole."""
+    """The temporary file beside `path`. When it is complete, it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file's content in one step: readers see the old or the new, never a part."""
+    """Replace a file's content in one step: readers see the old or the new content, never a part."""
     new = _new(path)
     try:
         with open(new, "wb") as file:
@@ -114,17 +114,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for text, as UTF-8; half a surrogate pair, which UTF-8 cannot hold, is spelled out."""
+    """`write_bytes` for text, as UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes an escape."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` for JSON: NaN and infinities become null."""
+    """`write_text` for JSON. NaN and infinities become null."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append one line to a JSONL file; a symbolic link in its place is not followed."""
+    """Append one line to a JSONL file. A symbolic link in its place is not followed."""
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a") as file:
         file.write(_line(value))
 
@@ -142,7 +142,7 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     """A whole text file, UTF-8 with or without a byte-order mark.
 
     Raises:
-        InputError: it is missing, no regular file (a pipe or a device would never end), too long, or not UTF-8.
+        InputError: it is missing, not a regular file (a pipe or a device may never end), too long, or not UTF-8.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -170,7 +170,7 @@ def read_json(path: Path, shape: object = object) -> Any:
 
 
 def read_jsonl(path: Path, shape: object = dict) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last line cut short by a kill is left out, a missing file is empty.
+    """The complete lines of a JSONL file. An incomplete last line is left out; a missing file is empty.
 
     Raises:
         InputError: a line that is not JSON, or not of the shape (`checked`).
@@ -196,13 +196,13 @@ def checked(value: Any, shape: object, where: str) -> Any:
     """The value, if it has the shape.
 
     Args:
-        shape: a type (`object` is anything, `float` any number, `bool` is no number); a tuple of shapes, one of which
-            it must have; `[shape]`, a list of such items; `{"key": shape}`, an object with at least these keys, where a
+        shape: a type (`object` is anything, `float` any number, and `bool` is no number); a tuple of shapes, of which
+            one must fit; `[shape]`, a list of such items; `{"key": shape}`, an object with at least these keys, where a
             key that ends in `?` may be missing or null; `{str: shape}`, an object with any keys.
         where: the file and the place in it, for the error.
 
     Raises:
-        InputError: names the place, what must be there and what is.
+        InputError: names the place, what must be there and what is there.
     """
     wrong = _differs(value, shape, "")
     if wrong is None:
@@ -216,7 +216,7 @@ def checked(value: Any, shape: object, where: str) -> Any:
 
 
 def _differs(value: Any, shape: Any, at: str) -> tuple[str, str, Any] | None:
-    """Where the value first differs from the shape: the place, what must be there, and what is."""
+    """Where the value first differs from the shape: the place, what must be there, and what is there."""
     if shape is object:
         return None
     if isinstance(shape, tuple):
@@ -249,7 +249,7 @@ def _differs(value: Any, shape: Any, at: str) -> tuple[str, str, Any] | None:
 
 @contextmanager
 def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """Within the block no other process works in this folder; the lock goes with the process, even a killed one.
+    """Within the block no other process works in this folder. The lock ends with the process, even a killed one.
 
     Args:
         wait: seconds to wait for another process to leave.

@@ -1,7 +1,7 @@
-"""Output folders: one of ours, or a new one. What somebody else put there is neither written nor removed.
+"""Output folders: one that this package wrote, or a new one. Other people's files are neither overwritten nor removed.
 
-A folder is ours when it holds the file that describes it (`run.json` of a run). Before that file is there, it may hold
-what comes first and nothing else. So a folder with somebody's work in it is refused before anything is touched.
+A folder is ours if it holds the file that describes it (such as a run's `run.json`). Without that file, it may hold
+only what is written before it. So a folder with other files is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spannorm.errors import InputError
 from spannorm.files import read_json, writing_to
 
 _OWN = re.compile(r"\.lock|\.writable-\d+|\..+\.\d+\.new|\..+\.[0-9a-f]{32}\.partial")
-"""Hidden names that the package itself gives: the lock, and what a killed process left half-written."""
+"""Hidden names that this package uses: the lock, and half-written files of a killed process."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Kind:
     mark: str
     """The file that describes the folder. Where it is, the folder is ours."""
     shape: object
-    """What that file holds; see `spannorm.files.checked`."""
+    """The content of that file; see `spannorm.files.checked`."""
     writes: tuple[str, ...]
-    """Further names that are written; a symbolic link in their place would lead elsewhere."""
+    """Further names that are written. A symbolic link in their place is refused, because it would lead elsewhere."""
     first: tuple[str, ...] = ()
-    """What may be there before the mark is."""
+    """Names that may exist before the mark."""
 
 
 RUN = Kind(
@@ -57,10 +57,10 @@ _KINDS = (RUN, COMPARISON, EVALUATION)
 
 
 def claim(folder: Path, kind: Kind) -> bool:
-    """Whether the folder was begun as one of this kind; False where it is new. Nothing is written.
+    """Whether the folder was begun as one of this kind; False if it is new. Nothing is written.
 
     Raises:
-        InputError: it is a file, holds something else, or a symbolic link stands where the package would write.
+        InputError: it is a file, holds something else, or has a symbolic link where the package would write.
     """
     with writing_to(folder):
         return _claimed(folder, kind)
@@ -94,7 +94,7 @@ def _claimed(folder: Path, kind: Kind) -> bool:
 
 
 def own_folder(path: Path) -> Path:
-    """A folder inside an output folder, made if it is not there; a symbolic link or a file in its place is refused."""
+    """A folder inside an output folder, made if it is missing. A symbolic link or a file in its place is refused."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path} must be a folder, and is a file or a symbolic link: move it away.")
     path.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def own_folder(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder in which this process works alone."""
+    """Remove half-written files of killed processes, in a folder in which only this process works."""
     for path in folder.iterdir():
         if path.is_symlink() or not _OWN.fullmatch(path.name) or path.name == ".lock":
             continue
@@ -112,11 +112,11 @@ def sweep(folder: Path) -> None:
 
 
 def sweep_partial(folder: Path) -> None:
-    """Remove the half-written folders in `folder` that no living process holds (`partial_folder`)."""
+    """Remove the half-written folders in `folder` that no running process has locked (`partial_folder`)."""
     for path in folder.glob(".*.partial"):
         if not _OWN.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        with suppress(OSError):  # another process sweeps too
+        with suppress(OSError):  # another process removes it at the same time
             held = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,10 +127,10 @@ def sweep_partial(folder: Path) -> None:
 
 @contextmanager
 def partial_folder(goal: Path) -> Iterator[Path]:
-    """A new folder beside `goal`, to be filled and renamed to it, and held as long as this process lives.
+    """A new folder beside `goal`, to be filled and then renamed to it. It is locked as long as this process runs.
 
-    Its name is its own, so that two processes with one goal do not write into each other's files. Whatever is left of
-    it at the end is removed.
+    Its name is unique, so that two processes with the same goal do not write into each other's files. If it still
+    exists at the end, it is removed.
     """
     while True:
         path = goal.with_name(f".{goal.name[:180]}.{uuid4().hex}.partial")
@@ -142,7 +142,7 @@ def partial_folder(goal: Path) -> Iterator[Path]:
                 break
         except BlockingIOError:
             pass
-        os.close(held)  # swept by another process between the two lines above
+        os.close(held)  # another process removed it between the two lines above
     try:
         yield path
     finally:

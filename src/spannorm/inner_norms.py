@@ -1,7 +1,7 @@
 """Norms inside a sublayer, beside its projections.
 
-A tool that merges, quantizes, replaces or shards a projection goes by its class, and knows nothing of a norm inside.
-So a projection stays the plain module that it is, and the norm is a child of the sublayer, `<role>_norm`.
+Tools that merge, quantize, replace or shard a projection look at its class, and do not know of a norm inside it. So a
+projection stays a plain module, and the norm is a child of the sublayer, `<role>_norm`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from spannorm.adopt import adopt
 from spannorm.roles import Fused
 
 READ_BY = {"attn_out": "attn_out", "ffn_down": "ffn_down", "head_scale": "attn_out"}
-"""Inner norm → the projection that reads what it normalizes; the others (q, k, v) normalize what theirs writes."""
+"""Inner norm → the projection whose input it normalizes. The others (q, k, v) normalize a projection's output."""
 
 
 class HeadScale(nn.Module):
-    """A gain for each head on what attention-out reads: (…, heads · channels)."""
+    """A gain for each head on the input of attention-out: (…, heads · channels)."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -34,26 +34,26 @@ class HeadScale(nn.Module):
 
 @dataclass(frozen=True)
 class Site:
-    """What stands around one projection, by role."""
+    """The norms around one projection, by role."""
 
     layout: Fused
-    """Whose rows the projection writes."""
+    """The roles of the projection's rows."""
     reads: tuple[str, ...] = ()
-    """Norms and scales on what it reads, the first one first."""
+    """Norms and scales on its input, in order."""
     writes: Mapping[Any, int] = field(default_factory=dict)
-    """Norms on what it writes, and over how many channels at a time."""
+    """Norms on its output, and over how many channels each."""
 
 
 class InnerNorms:
-    """A sublayer that normalizes what its projections read or write.
+    """A sublayer that normalizes the inputs or outputs of its projections.
 
-    The class's own forward runs with a view of the module as its `self`, where a projection and its norms are one.
+    Its class's own forward runs with a view of the module as `self`. In the view a projection includes its norms.
     """
 
     adopted: type[nn.Module]
     """The class whose forward this is."""
     sites: dict[str, Site]
-    """Name of a projection → what stands around it."""
+    """Name of a projection → the norms around it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.adopted.forward(_Normed(self), *args, **kwargs)
@@ -95,10 +95,10 @@ def add_inner_norm(
     Args:
         sublayer: the module whose forward calls the projection.
         projection: its name there.
-        layout: what the projection writes.
+        layout: the roles of the projection's output.
         role: one of `Placement.inner_norms`.
         over: for q, k and v, `head` or `width`.
-        heads: how many heads the role has.
+        heads: the number of heads of the role.
         build: channels → a norm.
     """
     if not isinstance(sublayer, InnerNorms):

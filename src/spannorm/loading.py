@@ -1,4 +1,4 @@
-"""`spannorm.load`: any model that this library saved, ours or rewired."""
+"""`spannorm.load`: any model that this library saved, our own or a rewired one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Args:
         path: a folder, or a name on the Hub, of a `SpanNormForCausalLM`, a `SpanNormModel`, one of our classification
             heads or a rewired model.
-        kwargs: those of Transformers' `from_pretrained` (`dtype`, `device_map`, `revision` …).
+        kwargs: as in Transformers' `from_pretrained` (`dtype`, `device_map`, `revision` …).
 
     Raises:
-        InputError: the checkpoint is neither, is damaged, asks for code that nobody named, or its weights do not fit.
+        InputError: the checkpoint is none of these, is damaged, asks for code that the caller did not name, or its
+            weights do not fit.
     """
     with opening(path):
         hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
@@ -50,7 +51,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 @contextmanager
 def opening(path: str | Path) -> Iterator[None]:
-    """Within the block, whatever Transformers raises over a damaged folder is an `InputError` that names the folder."""
+    """Within the block, Transformers' errors about a damaged folder become an `InputError` that names the folder."""
     folder = Path(path)
     if folder.is_dir():
         for file in sorted(folder.iterdir()):

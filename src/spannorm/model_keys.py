@@ -1,7 +1,7 @@
-"""The keys of a model's configuration: what kind each is and where it must lie.
+"""The keys of a model's configuration: the kind and the limits of each.
 
-Recipes and `SpanNormConfig` are held to this one table. It needs neither PyTorch nor Transformers, so that a recipe is
-refused before either is loaded.
+Recipes and `SpanNormConfig` are both checked with this table. It needs neither PyTorch nor Transformers, so that a bad
+recipe is refused before they load.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ACTIVATIONS = (
     "gelu_python_tanh", "gelu_accurate", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "sigmoid", "tanh",
     "hardswish", "mish", "laplace", "linear", "sqrtsoftplus",
 )  # fmt: skip
-"""Of Transformers' names, those without parameters, which have no role here."""
+"""Transformers' activations without parameters. An activation's parameters would have no role here."""
 
 _WIDTH, _DEPTH = Limits(least=1, most=1 << 20), Limits(least=1, most=1 << 16)
 _TOKEN, _COUNT = Limits(least=0, most=(1 << 31) - 1), Limits(least=1, most=1 << 24)
@@ -65,27 +65,27 @@ MODEL_KEYS: Mapping[str, tuple[Any, Limits]] = {
     "router_z_loss_coef": (float, _WEIGHT),
     "output_router_logits": (bool, NONE),
 }
-"""Those that a recipe's `model` takes: kind and limits."""
+"""The keys that a recipe's `model` accepts: kind and limits."""
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""What a recipe must say: without them a configuration is a Llama of seven billion parameters."""
+"""Keys that a recipe must have. The configuration's defaults are a Llama with seven billion parameters."""
 
 
 def checked_key(key: str, value: Any, where: str = "`{}`") -> Any:
     """The value of one of `MODEL_KEYS` as its kind.
 
     Args:
-        where: what the message calls it, around the key.
+        where: the text around the key in the message.
 
     Raises:
-        InputError: another kind, or beyond the limits.
+        InputError: another kind, or outside the limits.
     """
     kind, limits = MODEL_KEYS[key]
     return checked(kind, value, where.format(key), limits)
 
 
 def check_sizes_given(model: Mapping[str, Any]) -> None:
-    """Raise an `InputError` for a recipe's model that does not say its sizes."""
+    """Raise an `InputError` if a recipe's model does not give its sizes."""
     needed = [key for key in SIZES if key != "intermediate_size" or not _all_sparse(model)]
     if missing := [key for key in needed if key not in model]:
         raise InputError(

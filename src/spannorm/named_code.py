@@ -1,4 +1,4 @@
-"""No code runs that was not named: what a file of a checkpoint may ask for, and what only a caller may."""
+"""Only code that the caller named may run: what a checkpoint's file may ask for, and what only a caller may."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from spannorm.errors import InputError
 
 SAFE = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
-"""Implementations that PyTorch and Transformers bring. Any other may be fetched from the Hub and run."""
+"""Implementations that are part of PyTorch and Transformers. Any other may be downloaded from the Hub and run."""
 _KEYS = ("attn_implementation", "experts_implementation")
 
 
 def check_configuration(saved: Any, where: object) -> None:
-    """Refuse a saved configuration that chooses code which is not in the installed libraries.
+    """Refuse a saved configuration that chooses code outside the installed libraries.
 
     Raises:
-        InputError: names the key and what it asks for.
+        InputError: names the key and its value.
     """
     if isinstance(saved, list):
         for item in saved:

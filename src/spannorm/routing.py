@@ -1,6 +1,6 @@
-"""What a mixture's routers do: the losses that keep them in shape, and the measures of their health. PyTorch only.
+"""The routers of a mixture of experts: their auxiliary losses, and measures of their health. PyTorch only.
 
-`L` sparse layers, `E` experts, k of them a token; `p` a router's softmax over all experts.
+`L` sparse layers, `E` experts, k of them per token; `p` is a router's softmax over all experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def load_balancing_loss(logits: Tensor, top_k: int, counted: Tensor) -> Tensor:
-    """`E·Σ_i f_i·P_i` of each sequence: 1 where the load is even, E/k where k experts take it all.
+    """`E·Σ_i f_i·P_i` of each sequence: 1 if the load is even, E/k if k experts have all of it.
 
     f_i is expert i's share of the sequence's k·T assignments, P_i the mean of p_i over its T tokens (Switch
     Transformers, arXiv 2101.03961, Eqs. 4–6, with f divided by k).
@@ -47,14 +47,14 @@ def auxiliary_losses(
 ) -> tuple[Tensor, Tensor]:
     """Load-balancing loss and z-loss, each summed over the layers and, with weights, over the sequences.
 
-    With `weights` a sequence's share in the step's predictions, the sum over any split of the step's sequences (into
-    accumulated batches, over processes) is the same.
+    If a weight is the sequence's share of the step's predictions, the sum does not depend on how the step's sequences
+    are split (into accumulated batches, over processes).
 
     Args:
         router_logits: L times (sequences·tokens, E).
         counted: (sequences, tokens), 1 for a token, 0 for padding.
         weights: (sequences,).
-        scope: `sequence`: load is balanced within each sequence. `batch`: over all of them at once, which depends on
+        scope: `sequence`: load is balanced within each sequence. `batch`: over all sequences at once, which depends on
             the split.
     """
     if scope == "batch":
@@ -71,21 +71,21 @@ class RoutingRecord:
     """The routers' health over some tokens, by sparse layer."""
 
     load: list[list[float]]
-    """Each expert's share of the assignments, L × E; even is 1/E."""
+    """Each expert's share of the assignments, L × E; an even share is 1/E."""
     entropy: list[float]
-    """Mean entropy of p, nats: ln E where a router does not care, 0 where it is sure."""
+    """Mean entropy of p, nats: ln E if all experts are equally likely, 0 if one is certain."""
     logit_rms: list[float]
     """RMS of the logits."""
     max_violation: list[float]
-    """How far the busiest expert lies above the even load, as a share of it (arXiv 2408.15664)."""
+    """How far the largest load is above the even load, relative to the even load (arXiv 2408.15664)."""
     dead_experts: list[int]
-    """Experts that no token went to."""
+    """The number of experts that got no token."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def summary(self) -> dict[str, float]:
-        """One number for each measure: the mean over layers, of violation the largest, of dead experts all."""
+        """One number per measure: the mean over layers; for violation the largest, for dead experts the sum."""
         layers = len(self.load)
         return {
             "router_entropy": sum(self.entropy) / layers,
@@ -96,7 +96,7 @@ class RoutingRecord:
 
 
 class RoutingMeter:
-    """Adds up what routers do over several forward passes."""
+    """Adds up the routers' statistics over several forward passes."""
 
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
@@ -105,7 +105,7 @@ class RoutingMeter:
 
     @torch.no_grad()
     def add(self, router_logits: Sequence[Tensor]) -> None:
-        """Take in one forward pass: L times (tokens, E)."""
+        """Add one forward pass: L times (tokens, E)."""
         layers = []
         for logits in router_logits:
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -116,7 +116,7 @@ class RoutingMeter:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self) -> RoutingRecord:
-        """The record of what was added, and begin anew."""
+        """The record of what was added. Then the sums start again at 0."""
         assert self.sums is not None, "nothing was added"
         counts, (entropy, square, tokens) = self.sums[:, :-3], self.sums[:, -3:].unbind(1)
         load, experts = counts / counts.sum(1, keepdim=True), counts.shape[1]

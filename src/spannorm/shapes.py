@@ -1,4 +1,4 @@
-"""Names for tensor shapes, so that signatures say them. Checked at run time only under pytest."""
+"""Names for tensor shapes in signatures. They are checked at run time only under pytest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a value may be: the kind that is declared for it and its limits, one check for all, one message for each rule.
+"""What a value may be: its declared kind and its limits. There is one check for all values, and one message per rule.
 
-Recipes declare both beside each field (`limited`), the model's keys in a table (`spannorm.model_keys`).
+Recipes declare both at each field (`limited`); the model's keys are in a table (`spannorm.model_keys`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spannorm.errors import InputError, shorter, shown, unknown
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a number must lie, or which texts are known. Every number must be finite besides."""
+    """The range of a number, or the known texts. Every number must also be finite."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -26,7 +26,7 @@ class Limits:
     known: tuple[str, ...] = ()
 
     def check(self, value: Any, where: str) -> None:
-        """Raise an `InputError` that names the limit a value breaks."""
+        """Raise an `InputError` that names the limit that a value breaks."""
         if isinstance(value, str) and self.known and value not in self.known:
             raise unknown(where.strip("`"), value, self.known)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -48,12 +48,12 @@ _KEY = "limits"
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A dataclass field whose values keep to `Limits(**limits)`."""
+    """A dataclass field whose values must be within `Limits(**limits)`."""
     return field(default=default, metadata={_KEY: Limits(**limits)})
 
 
 def limits_of(declared: Field[Any]) -> Limits:
-    """Those of a field."""
+    """The limits of a field."""
     limits: Limits = declared.metadata.get(_KEY, NONE)
     return limits
 
@@ -64,10 +64,10 @@ def checked(kind: Any, value: Any, where: str, limits: Limits = NONE) -> Any:
     Args:
         kind: a type as in an annotation: `int`, `float | None`, `tuple[str, ...]`, `Mapping[str, float]`, a `Literal`,
             or `Any`. A float may be given as a whole number; an int may not be given as true or false.
-        where: what the value is called, for the message.
+        where: the name of the value in the message.
 
     Raises:
-        InputError: another kind, or beyond the limits.
+        InputError: another kind, or outside the limits.
     """
     kinds = get_args(kind) if _is_union(kind) else (kind,)
     for one in kinds:
@@ -86,7 +86,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _as(kind: Any, value: Any, where: str, limits: Limits) -> tuple[bool, Any]:
-    """Whether a value is of one kind, and what it is then."""
+    """Whether a value is of one kind, and the value as that kind."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Literal:
         if isinstance(value, str) and value not in inside:
@@ -129,7 +129,7 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def number_or_text(value: Any) -> Any:
-    """YAML 1.1 reads `6e-3` as text; whoever writes it means the number, in a list or a mapping too."""
+    """YAML 1.1 reads `6e-3` as text, but the user means the number. Also inside lists and mappings."""
     if isinstance(value, Mapping):
         return {(k if isinstance(k, str) else shown(k)): number_or_text(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -138,7 +138,7 @@ def number_or_text(value: Any) -> Any:
 
 
 def words(kind: Any) -> str:
-    """A kind, as a message names it."""
+    """The name of a kind in a message."""
     if _is_union(kind):
         return " or ".join(dict.fromkeys(words(k) for k in get_args(kind)))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

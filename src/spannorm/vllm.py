@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes (the entry point `vllm.general_plugins`), so that it finds our models."""
+"""The function that vLLM calls in each of its processes (entry point `vllm.general_plugins`) to find our models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 def register() -> None:
     """Let vLLM's Transformers backend build our models: `vllm serve DIR`, no `trust_remote_code`.
 
-    The backend reads a folder's configuration with `AutoConfig` and builds the body with `AutoModel`, which know our
-    models once `spannorm.models` is imported. In between its registry looks for the class that the configuration names
-    among Transformers' own (https://docs.vllm.ai/en/stable/models/supported_models/#transformers), so it is put there
-    too. vLLM may call this several times.
+    The backend reads a folder's configuration with `AutoConfig` and builds the body with `AutoModel`. Both know our
+    models once `spannorm.models` is imported. Its registry also looks for the configuration's class among Transformers'
+    own (https://docs.vllm.ai/en/stable/models/supported_models/#transformers), so this function adds it there. vLLM may
+    call it several times.
     """
     from vllm import ModelRegistry
 

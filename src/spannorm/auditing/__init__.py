@@ -1,4 +1,4 @@
-"""What is really wired and drawn in a model, found by running it: wiring, init, signal, a verdict. docs/audit.md."""
+"""The actual wiring and init of a model, found by running it: wiring, init, signal, a verdict. docs/audit.md."""
 
 from spannorm.auditing.inspection import Audit, StackAudit, audit, audit_target
 from spannorm.auditing.page import show

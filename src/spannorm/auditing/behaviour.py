@@ -1,4 +1,4 @@
-"""Norms, known by what they do: their output stays as it is when their input is scaled."""
+"""Norms, recognized by their behaviour: if their input is scaled, their output does not change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FUSED: Mapping[str, str] = {
     "cudnn_batch_norm": "BatchNorm", "layer_norm": "LayerNorm", "rms_norm": "RMSNorm",
 }  # fmt: skip
 SMALLEST = 8
-"""Channels below which weights that add up to 1, such as a router's, are not called a norm."""
+"""The least number of channels of a norm. With fewer, weights that add up to 1 (such as a router's) look like one."""
 _STATISTICS = {"mean", "sum", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm", "amax", "max"}
 _WEIGHTED = {"mm", "addmm", "bmm", "sigmoid", "convolution", "_softmax"}
 SAME = {
@@ -25,24 +25,24 @@ SAME = {
     "alias", "detach", "transpose", "permute", "lift_fresh", "expand", "to", "unflatten", "flatten", "swapaxes",
     "movedim", "copy",
 }  # fmt: skip
-"""Operations that hand on what they are given."""
+"""Operations that return their input unchanged."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """One norm as it was found."""
+    """One norm that was found."""
 
     node: Node
-    """What it hands on, before a gain that is not fused with it."""
+    """Its output, before a gain that is not fused with it."""
     input: Node
     kind: str
-    """LayerNorm, RMSNorm, GroupNorm, BatchNorm, or L2 where the output has unit length."""
+    """LayerNorm, RMSNorm, GroupNorm, BatchNorm, or L2 if the output has unit length."""
     size: int
     """Channels that are normalized together."""
 
 
 class Norms:
-    """The norms of a trace, each tried once."""
+    """The norms of a trace. Each is tested once."""
 
     def __init__(self) -> None:
         self._known: dict[int, Norm | None] = {}
@@ -59,7 +59,7 @@ class Norms:
 
 
 def strip(node: Node) -> Node:
-    """What a view, a copy or a cast was made from."""
+    """The source of a view, a copy or a cast."""
     while node.op in SAME and node.parents:
         node = node.parents[0]
     return node
@@ -95,7 +95,7 @@ def _find(node: Node) -> Norm | None:
 
 
 def _statistic_of(s: Node, x: Node) -> bool:
-    """Whether s is worked out from x through a reduction, in a few steps that no weight takes part in."""
+    """Whether s is computed from x through a reduction, in a few steps without weights."""
     stack, seen = [(s, False, 0)], set()
     while stack:
         node, reduced, steps = stack.pop()
@@ -130,9 +130,9 @@ def _kind(node: Node) -> str:
 
 
 def epsilon(norm: Norm) -> float | None:
-    """ε, from how the output shrinks under inputs so small that ε counts; None where it cannot be tried.
+    """ε, measured with inputs so small that ε makes the output smaller. None if this cannot be tested.
 
-    With a mean square (or variance) t² per token the output has the share r = t/√(t² + ε) of its size.
+    With a mean square (or variance) t² per token, the output is r = t/√(t² + ε) times its usual size.
     """
     x = norm.input.value.double()
     if norm.kind in ("GroupNorm", "BatchNorm"):
@@ -166,7 +166,7 @@ def _zero_bias(norm: Norm) -> dict[Node, Tensor]:
 
 
 def gain_convention(factor: Node) -> tuple[str, Node | None]:
-    """How a learned gain enters, `w` or `1 + w`, and its parameter; from what the factor is at w = 0."""
+    """How a learned gain is used, `w` or `1 + w`, and its parameter. The factor at w = 0 tells which."""
     leaf = factor
     while leaf.op != "parameter" and leaf.parents:
         leaf = next((p for p in leaf.parents if p.op == "parameter" or p.parents), leaf.parents[0])

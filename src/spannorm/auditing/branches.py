@@ -1,4 +1,4 @@
-"""The branches of a block: what a sublayer hands on, and what it was worked out from."""
+"""The branches of a block: a sublayer's output, and the inputs from which it was computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spannorm.auditing.trace import Node
 
 @dataclass(eq=False, repr=False)
 class Branch:
-    """What a sublayer hands on, and what it read."""
+    """A sublayer's output and its inputs."""
 
     module: str
     """Its path in the block."""
@@ -20,12 +20,12 @@ class Branch:
     reads: list[Node]
     """States and norms of states."""
     outside: list[Node]
-    """What it reads that was there before the block."""
+    """Its inputs from before the block."""
     inner: list[Norm]
     """Norms inside."""
     ops: set[str]
     weights: list[Node] = field(default_factory=list)
-    """Parameters on the way from what it reads to what it hands on, the last one first."""
+    """Parameters between its input and its output, the last one first."""
 
 
 class Reading(Sums):
@@ -36,7 +36,7 @@ class Reading(Sums):
         self._branches: dict[int, Branch] = {}
 
     def branch(self, node: Node) -> Branch:
-        """What a branch's output was worked out from."""
+        """The inputs from which a branch's output was computed."""
         if node.index not in self._branches:
             self._branches[node.index] = self._search(node)
         return self._branches[node.index]
@@ -104,7 +104,7 @@ class Reading(Sums):
         return bool(step) and step[0].number != 1.0 and step[0].atom is not None and self.is_state(step[0].atom)  # type: ignore[index]
 
     def _residual(self, n: Node) -> bool:
-        """Whether a node is a skip plus a branch with weights: a state although it never leaves the block."""
+        """Whether a node is a skip plus a branch with weights. It is a state even if it never leaves the block."""
         if n.op not in ADDS or n.value.numel() != self.size or not self._is_sum_of_states(n):
             return False
         return any(t.atom is not None and not self.is_state(t.atom) and self._weighted(t.atom) for t in self.terms(n))
@@ -125,7 +125,7 @@ class Reading(Sums):
         return False
 
     def _module_of(self, node: Node) -> str:
-        """The part of the block, a child module, that an output was made in."""
+        """The part of the block (a child module) in which an output was computed."""
         prefix = f"{self.block.path}."
         stack, steps = [node], 0
         while stack and steps < 50:

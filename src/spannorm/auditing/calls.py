@@ -1,4 +1,4 @@
-"""What a layer calls: its modules in turn, each with the arguments that it is handed, found by watching one call."""
+"""The modules that a layer calls, in order, with their arguments. They are recorded during one call."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Dropouts(TorchFunctionMode):
 
 @contextlib.contextmanager
 def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Recording]]:
-    """Within it, the first call of each of these layers is written down."""
+    """Within the context, the first call of each of these layers is recorded."""
     found: dict[str, Recording] = {}
     handles: list[Any] = []
     open_layer: list[Recording] = []
@@ -101,7 +101,7 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Recording]]
 
 
 def parameters_of_call(module: nn.Module) -> list[Parameter]:
-    """What a module's `forward` takes, without itself."""
+    """The parameters of a module's `forward`, without `self`."""
     return list(signature(type(module).forward).parameters.values())[1:]
 
 
@@ -123,7 +123,7 @@ def layer_calls(
         width: of the stream.
 
     Raises:
-        InputError: a sublayer is not modules in a row, or is handed what cannot be told.
+        InputError: a sublayer is not a sequence of modules, or the source of one of its arguments is unknown.
     """
     layer, events = recorded.layer, recorded.events
     holders = {n.rpartition(".")[0] for n in norms}
@@ -155,7 +155,7 @@ def layer_calls(
 
 
 def _chain(units: Sequence[_Event], names: Sequence[str], layer: nn.Module) -> list[_Event]:
-    """The events of one sublayer in turn: those that hold its weights, and what stands between and after them."""
+    """The events of one sublayer in order: those with its weights, and those between and after them."""
     own = [e for e in units if e.path and any(n.startswith(f"{e.path}.") for n in names)]
     if not own:
         raise InputError("a sublayer has no module of its own")

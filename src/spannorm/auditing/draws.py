@@ -1,4 +1,4 @@
-"""How a fresh model's parameters are drawn: std by role, beside the common rules, and how it changes with depth."""
+"""How a new model's parameters are drawn: std by role, compared with common rules, and how it changes with depth."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from spannorm.auditing.trace import Trace
 OUTPUTS = {"A": "attention-out", "M": "mixer-out", "F": "FFN-down"}
 INPUTS = {"A": "attention-in", "M": "mixer-in", "F": "FFN-in"}
 SENSE = 0.1
-"""Exponents nearer to 0 than this are taken for 0."""
+"""Exponents nearer to 0 than this count as 0."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One matrix, in all blocks that have it."""
+    """One matrix, for all blocks that have it."""
 
     role: str
     """`attention-out`, `FFN-down`, `mixer-out`, `attention-in` and so on, `inner`, `embedding`, `head`, `norm`, `bias`,
@@ -37,9 +37,9 @@ class Row:
     std: float
     mean: float
     std_by_depth: Mapping[int, float]
-    """Depth in blocks → std, where the model was built at several depths."""
+    """Depth in blocks → std, if the model was built at several depths."""
     depth_exponent: float | None
-    """p in std ∝ L^p; None where it was built at one depth only."""
+    """p in std ∝ L^p; None if it was built at only one depth."""
     block_exponent: float | None
     """p in std ∝ (b+1)^p over the blocks of the deepest model."""
     rules: tuple[str, ...]
@@ -56,7 +56,7 @@ def pattern(name: str) -> str:
 
 
 def roles(branches: Iterable[tuple[Branch, str]], ends: Ends, norms: Norms, trace: Trace, width: int) -> dict[str, str]:
-    """Parameter name → role, by where it stands in the trace."""
+    """Parameter name → role, from its place in the trace."""
     found: dict[str, str] = {name: "embedding" for name in ends.embeddings}
     if ends.head:
         found.setdefault(ends.head, "head")
@@ -76,7 +76,7 @@ def roles(branches: Iterable[tuple[Branch, str]], ends: Ends, norms: Norms, trac
 
 
 def _writers(branch: Branch, width: int) -> set[str]:
-    """The matrices that write a branch's output: the first ones met from its end that have the stream's width."""
+    """The matrices that write a branch's output: going back from its end, the first ones with the stream's width."""
     stack, seen, found = [branch.node], set(), set()
     while stack:
         n = stack.pop()
@@ -93,7 +93,7 @@ def _writers(branch: Branch, width: int) -> set[str]:
 
 
 def _readers(branch: Branch) -> set[str]:
-    """The matrices that a branch's input meets first."""
+    """The first matrices on a branch's input."""
     reads = {r.index for r in branch.reads}
     found: set[str] = set()
     stack, seen = [branch.node], set()
@@ -118,7 +118,7 @@ def _readers(branch: Branch) -> set[str]:
 
 
 def fan_ins(trace: Trace) -> dict[str, int]:
-    """Parameter name → the length of what its rows are multiplied with."""
+    """Parameter name → fan-in, the length of a row."""
     found: dict[str, int] = {}
     for n in trace.nodes:
         if n.op not in WEIGHTED:
@@ -168,7 +168,7 @@ def draw_table(
 
     Args:
         model: the model that was traced.
-        at_depths: number of blocks → model of one width, which tell what changes with depth.
+        at_depths: number of blocks → model of the same width. They show what changes with depth.
         known: parameter name → role.
         fans: parameter name → fan-in, the same.
         config: for `initializer_range`; may be None.
@@ -204,7 +204,7 @@ def _slope(points: Sequence[tuple[int, float]]) -> float:
 
 
 def _by_block(tensors: Sequence[tuple[str, Tensor]]) -> float | None:
-    """Exponent over the block's index; None where it does not change, or with fewer than four blocks."""
+    """Exponent of the block's index; None if it does not change, or with fewer than four blocks."""
     points = []
     for name, t in tensors:
         index = re.search(r"\.(\d+)(?=\.|$)", name)
@@ -228,7 +228,7 @@ _DEPTH_FACTORS = {
 
 
 def initializer_range(config: Any) -> float | None:
-    """What a configuration says of the draw's std."""
+    """The std that a configuration gives."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for key in ("initializer_range", "init_std", "embed_init_std"):
         value = getattr(text, key, None)
@@ -274,7 +274,7 @@ def _rules(
 
 
 def looks_trained(model: nn.Module) -> bool:
-    """Whether weights came from a checkpoint: Transformers marks them, and trained gains are not all alike."""
+    """Whether weights came from a checkpoint: Transformers marks them, and trained gains are not all equal."""
     parameters = list(model.named_parameters())
     if getattr(model, "name_or_path", "") and any(getattr(p, "_is_hf_initialized", None) for _, p in parameters):
         return True

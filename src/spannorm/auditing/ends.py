@@ -14,18 +14,18 @@ class Ends:
     """A stack's two ends."""
 
     embedding_norm: str | None
-    """The norm that the embedding passes before block 0, by its module's path."""
+    """The path of the norm between the embedding and block 0."""
     embedding_factor: float
-    """A constant that the embedding is multiplied with."""
+    """A constant factor on the embedding."""
     embeddings: tuple[str, ...]
-    """The tables whose rows are added up."""
+    """The embedding tables whose rows are added."""
     final_norm: str | None
-    """The norm between the last block and what reads it."""
+    """The norm after the last block."""
     logit_factor: float
     soft_cap: bool
     """Whether logits pass a tanh."""
     head: str | None
-    """The matrix that makes logits."""
+    """The matrix that computes the logits."""
     tied: bool | None
     """Whether it is an embedding table."""
 
@@ -39,7 +39,7 @@ def read_ends(trace: Trace, stack: Stack, norms: Norms) -> Ends:
 
 
 def _entry(x: Node, norms: Norms) -> tuple[float, str | None, tuple[str, ...]]:
-    """Back from what block 0 reads to the embedding tables: factor of the first table, norm, tables."""
+    """From the input of block 0 back to the embedding tables: factor of the first table, norm, tables."""
     factors: list[float] = []
     tables: dict[str, None] = {}
     found: str | None = None
@@ -71,7 +71,7 @@ def _entry(x: Node, norms: Norms) -> tuple[float, str | None, tuple[str, ...]]:
 
 
 def _positions(node: Node) -> list[str]:
-    """Tables whose rows are added whatever the input is: positions, types."""
+    """Tables whose rows are added for any input: positions, types."""
     found, stack = [], [node]
     while stack:
         n = stack.pop()
@@ -92,7 +92,7 @@ def _one(a: object) -> float | None:
 
 
 def _exit(trace: Trace, last: Block, norms: Norms) -> tuple[str | None, str | None, float, bool]:
-    """Back from the model's output to what the last block hands on."""
+    """From the model's output back to the output of the last block."""
     ends = {t.index for t in last.targets} | {strip(t).index for t in last.targets}
     outputs = [o for o in trace.outputs if o.value.is_floating_point() and o.index >= last.end] or trace.outputs[:1]
     norm: str | None = None
@@ -123,7 +123,7 @@ def _exit(trace: Trace, last: Block, norms: Norms) -> tuple[str | None, str | No
 
 
 def _straight(node: Node, ends: set[int]) -> bool:
-    """Whether a node is what the last block hands on: cut, moved or multiplied with a number at most."""
+    """Whether a node is the last block's output; it may be sliced, moved or multiplied by a number."""
     while node.index not in ends:
         data = [p for p in node.parents if p.data]
         if (

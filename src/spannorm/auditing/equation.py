@@ -1,7 +1,8 @@
-"""The equation of a block: what leaves it, as a sum of what came in, norms and branches, read from the trace.
+"""The equation of a block, read from the trace: its output as a sum of its inputs, norms and branches.
 
 An expression is a sum of terms. Each term is a product of factors (numbers, learned vectors, gates that depend on the
-data) and an atom: a stream, a norm of an expression, a branch that reads expressions, or something from outside.
+data) and an atom. An atom is a stream, a norm of an expression, a branch that reads expressions, or an input from
+outside the block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Term:
 
     number: float
     vectors: tuple[Node, ...]
-    """Learned factors, in the order they are met from the sum inwards."""
+    """Learned factors, in order from the sum inwards."""
     gates: tuple[Node, ...]
     """Factors that depend on the data."""
     atom: Node | None
@@ -35,7 +36,7 @@ class Term:
 
 
 class Sums:
-    """What stands in one block as a sum, and which of its tensors are states.
+    """The sums in one block, and which of its tensors are states.
 
     Args:
         block: streams in, streams out.
@@ -123,7 +124,7 @@ class Sums:
         return self._over_streams(node)
 
     def _inside_sublayer(self, node: Node) -> bool:
-        """Whether sums and factors are a sublayer's own affair: all in one child of the block, and no state in them."""
+        """Whether sums and factors are inside a sublayer: all in one child of the block, and without a state."""
         if node.index not in self._own:
             self._own[node.index] = False  # while it is worked out
             child = self._child(node)
@@ -139,7 +140,7 @@ class Sums:
         return node.module[len(prefix) :].partition(".")[0] if node.module.startswith(prefix) else ""
 
     def _leads_to_state(self, node: Node) -> bool:
-        """Whether sums and factors alone lead from a state, or from a norm, to a node."""
+        """Whether only sums and factors are between a state, or a norm, and a node."""
         stack, seen = [node], set()
         while stack:
             n = stack.pop()
@@ -184,7 +185,7 @@ class Sums:
         return None
 
     def _is_gate(self, g: Node, x: Node, product: Node) -> bool:
-        """Whether g weighs x, which is a state or what a sublayer returned, outside of that sublayer."""
+        """Whether g is a weight on x outside a sublayer. x is a state or a sublayer's output."""
         if g.value.numel() >= x.value.numel() and g.shape[-1:] == x.shape[-1:] and self._is_sum_of_states(g):
             return False
         if self._is_sum_of_states(x):
@@ -250,7 +251,7 @@ class Sums:
         return None
 
     def _visit(self, node: Node) -> None:
-        """Note every sum and every norm on the way from what leaves the block."""
+        """Record every sum and every norm, going back from the block's output."""
         stack = [node]
         while stack:
             n = stack.pop()

@@ -1,4 +1,4 @@
-"""The norms of a model as facts: kind, ε, how the gain enters, in which precision."""
+"""The norms of a model: kind, ε, how the gain is used, in which precision."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class NormFacts:
     gain: str
     """`w`, `1 + w`, or `none`."""
     fp32: bool | None
-    """Whether statistics are taken in fp32 when the model is in bf16; None where that could not be tried."""
+    """Whether statistics are computed in fp32 if the model is in bf16; None if that could not be tested."""
     count: int
     size: int
 
 
 def norm_facts(model: nn.Module, trace: Trace, norms: Sequence[Norm]) -> list[NormFacts]:
-    """One entry per norm, all blocks together; ε and precision are tried on the first of each name."""
+    """One entry per norm, for all blocks together. ε and precision are tested on the first norm of each name."""
     grouped: dict[tuple[str, str, int], list[Norm]] = {}
     for norm in sorted(norms, key=lambda n: n.node.index):
         key = pattern(norm.node.module) or "a function", norm.kind, norm.size
@@ -44,7 +44,7 @@ def norm_facts(model: nn.Module, trace: Trace, norms: Sequence[Norm]) -> list[No
 
 
 def _rounded(value: float | None) -> float | None:
-    """To two digits: ε is worked out from fp32 outputs."""
+    """Rounded to two digits, because ε is computed from fp32 outputs."""
     return None if value is None else float(f"{value:.1e}")
 
 
@@ -61,7 +61,7 @@ def _gain(trace: Trace, norm: Norm) -> str:
 
 
 def _fp32(model: nn.Module, norm: Norm) -> bool | None:
-    """Run a copy of the norm's module in bf16, and look at what its statistics are taken from."""
+    """Run a copy of the norm's module in bf16, and look at the input of its statistics."""
     if norm.node.op in FUSED:
         return True  # these kernels sum in fp32
     try:

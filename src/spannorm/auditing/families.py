@@ -1,4 +1,4 @@
-"""Every causal-LM family of the installed Transformers: its default configuration, made whole where it is not."""
+"""Every causal-LM family of the installed Transformers: its default configuration, completed where needed."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ INCOMPLETE: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 1e4}},
 }  # fmt: skip
-"""What a default configuration leaves out although its model cannot be built or run without it."""
+"""Values that a default configuration lacks although its model needs them."""
 
 
 def default_configuration(model_type: str) -> Any:
-    """A family's default configuration, with what it lacks."""
+    """A family's default configuration, with the missing values."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {}))
@@ -48,7 +48,7 @@ class Surveyed:
     model_type: str
     audit: Audit | None
     error: str
-    """Why there is no audit, in words; empty where there is one."""
+    """Why there is no audit; empty if there is one."""
 
 
 def survey(names: Iterable[str] | None = None) -> Iterator[Surveyed]:

@@ -1,4 +1,4 @@
-"""`spannorm.audit`: what is really wired and drawn in a model."""
+"""`spannorm.audit`: the actual wiring and init of a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spannorm.auditing.writing import Writer
 from spannorm.errors import InputError
 
 DEPTHS = (4, 8, 16)
-"""Blocks of the models that are built to see what changes with depth; the first is the one that is run."""
+"""Depths of the models that show what changes with depth. The model with the first depth is run."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StackAudit:
 
     path: str
     blocks: tuple[BlockWiring, ...]
-    """In the order they ran."""
+    """In the order in which they ran."""
     ends: Ends
     match: Match
 
@@ -50,7 +50,7 @@ class StackAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found; `print` it, or take `to_dict()`."""
+    """The result of `audit`. Use `print`, or `to_dict()`."""
 
     target: str
     model: str
@@ -59,10 +59,10 @@ class Audit:
     """Blocks of the real model."""
     shrunk: Mapping[str, tuple[Any, Any]]
     stacks: tuple[StackAudit, ...]
-    """The last one is the model's output's."""
+    """The output of the last one leads to the model's output."""
     norms: tuple[NormFacts, ...]
     init: tuple[Row, ...] | str
-    """A row per matrix, or why init cannot be read."""
+    """One row per matrix, or the reason why init cannot be read."""
     signal: Signal | None
     outlook: Outlook | None
     seconds: float
@@ -109,19 +109,20 @@ class Audit:
 
 
 def audit(model: nn.Module | Any, example_inputs: Any = None) -> Audit:
-    """Find out how a model is wired and drawn, by running it.
+    """Find the wiring and the init of a model, by running it.
 
         print(spannorm.audit(model, {"input_ids": ids}))
 
-    The model is left as it was: weights, mode, buffers, hooks, `.grad` and the random generators.
+    Afterwards the model is as before: weights, mode, buffers, hooks, `.grad`; so are the random generators.
 
     Args:
-        model: any module with a stack of blocks, or a configuration of Transformers, which is built small on CPU.
-        example_inputs: what to call it with: a tensor, a tuple of arguments or a dictionary of named ones. None makes
-            up tokens or an image for a model of Transformers. A few tokens are enough: all that is computed is kept.
+        model: any module with a stack of blocks, or a configuration of Transformers, from which a small model is built
+            on CPU.
+        example_inputs: the model's inputs: a tensor, a tuple of arguments or a dictionary of named ones. None makes up
+            tokens or an image for a model of Transformers. Use few tokens, because all results are kept in memory.
 
     Raises:
-        InputError: no stack of blocks was found, or there is nothing to call the model with.
+        InputError: no stack of blocks was found, or there are no inputs for the model.
     """
     if not isinstance(model, nn.Module):
         from spannorm.auditing.targets import build_small
@@ -135,7 +136,7 @@ def audit(model: nn.Module | Any, example_inputs: Any = None) -> Audit:
 
 
 def audit_target(target: Target, example_inputs: Any = None) -> Audit:
-    """The same for a target of the command line."""
+    """The same as `audit`, for a target of the command line."""
     began, model = time.perf_counter(), target.model
     args, kwargs = _call(model, getattr(model, "config", None), example_inputs)
     with torch.random.fork_rng(devices=[]):
@@ -228,5 +229,5 @@ def _init(
 
 
 def _size(model: nn.Module, path: str) -> int:
-    """Modules in a stack: more of them in a deeper one."""
+    """The number of modules in a stack; a deeper stack has more."""
     return len({n for n, _ in model.named_modules() if n.startswith(f"{path}.")})

@@ -1,4 +1,4 @@
-"""Which of our placements a wiring equals: the registry's own blocks are run and read in the same way."""
+"""Which of our placements a wiring equals. For that, the registry's own blocks are run and read in the same way."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _COUNT = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Match:
-    """What a wiring is called."""
+    """The name of a wiring."""
 
     placement: str | None
     """A name of our registry, or None."""
     nearest: str
     differs: tuple[str, ...]
-    """In what it differs from the nearest one; empty where it equals it."""
+    """How it differs from the nearest one; empty if it equals it."""
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the nearest one."""
 
@@ -77,7 +77,7 @@ class _Plain(nn.Module):
 def _read(
     kind: type, name: str, depth: int, options: tuple[tuple[str, Any], ...]
 ) -> tuple[tuple[str, ...], bool, bool]:
-    """The equations of every block of one of our stacks, and its two ends: embedding norm, final norm."""
+    """The equations of all blocks of one of our stacks, and its two ends: embedding norm, final norm."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -104,10 +104,10 @@ def norm_roles(name: str, depth: int, options: Mapping[str, Any] | None = None) 
 
 
 def match(blocks: Sequence[BlockWiring], ends: Ends, depth: int) -> Match:
-    """Name a wiring, or say in what it differs from the nearest placement.
+    """Name a wiring, or say how it differs from the nearest placement.
 
     Args:
-        blocks: every block in turn.
+        blocks: all blocks in order.
         depth: blocks of the model, which some placements' constants depend on.
     """
     found = [_plain_letters(b.text) for b in blocks]
@@ -144,15 +144,16 @@ def match(blocks: Sequence[BlockWiring], ends: Ends, depth: int) -> Match:
 
 
 def _plain_letters(text: str) -> str:
-    """Every sublayer is an S: a placement does not know what its sublayers are. Mixers that read the same are one, and
-    so are feed-forwards."""
+    """Replace every sublayer by S, because a placement does not depend on the kind of its sublayers.
+
+    Mixers with the same input become one S, and so do feed-forwards with the same input."""
     text = re.sub(r"\bM\(", "A(", text)
     text = re.sub(r"(([AF])\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))(?: \+ \2\(\3\))+", r"\1", text)
     return re.sub(r"\b[AF]\(", "S(", text)
 
 
 def _unlike(a: str, b: str) -> float:
-    """0 where two equations differ in factors alone, ½ where each of their lines does the same, else 1."""
+    """0 if two equations differ only in factors, ½ if each of their lines does the same, otherwise 1."""
     a, b = _skeleton(a), _skeleton(b)
     return 0.0 if a == b else 0.5 if _step(a)[0] is not None and _step(a)[0] == _step(b)[0] else 1.0
 
@@ -163,7 +164,7 @@ def _skeleton(text: str) -> str:
 
 
 def _step(text: str) -> tuple[str | None, int]:
-    """What every line of an equation does to the state before it, where all lines do the same; and how many there are.
+    """What each line of an equation does to the state before it, if all lines do the same; and the number of lines.
 
     PreNorm is two times `p + S(N(p))`, whatever else a sublayer reads from outside.
     """

@@ -1,4 +1,4 @@
-"""An audit as a page that is read in a minute."""
+"""An audit as a short page of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(found: Audit, console: Console | None = None) -> None:
-    """Print the page. A stranger's names are printed as they are: none is read as markup."""
+    """Print the page. Names in the model are printed as text and never read as markup."""
     console = console or wide_console()
 
     def line(text: str, style: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What an audit found, as the fields of a row of `spannorm.rewiring.FAMILIES`."""
+"""An audit's result as the fields of a row of `spannorm.rewiring.FAMILIES`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _OUTPUTS: dict[str, Role] = {"attention-out": "attn_out", "mixer-out": "attn_out
 def family_fields(found: Audit, model: Any, example_inputs: Any = None) -> dict[str, Any]:
     """The fields of a `spannorm.rewiring.Family` for an audited model of Transformers: `Family(**family_fields(a, m))`.
 
-    Paths of the layers, the final norm and the embedding are from the base model, the others from a layer. Where a
-    matrix stands is found by running; which of q, k, v, gate and up it is, by its name. The model runs once more, in
-    training mode, and is left as it was.
+    Paths of the layers, the final norm and the embedding start at the base model, the others at a layer. Running the
+    model shows the place of each matrix; its name tells whether it is q, k, v, gate or up. The model runs once more, in
+    training mode, and is as before afterwards.
 
     Args:
         found: its audit.
@@ -40,7 +40,7 @@ def family_fields(found: Audit, model: Any, example_inputs: Any = None) -> dict[
         example_inputs: a dictionary; None makes up tokens.
 
     Raises:
-        InputError: the wiring equals no placement of ours, or a sublayer is not modules in a row.
+        InputError: the wiring equals none of our placements, or a sublayer is not a sequence of modules.
     """
     main, name = found.main, found.model
     if len(found.stacks) > 1:
@@ -148,7 +148,7 @@ def _calls(main: StackAudit, model: Any, example_inputs: Any, name: str) -> dict
 
 
 def _record(model: Any, layers: Mapping[str, nn.Module], inputs: dict[str, Any]) -> dict[str, Recording]:
-    """A call of each layer, with a cache where the model runs with one, so that what is handed on can be told apart."""
+    """A call of each layer, with a cache if the model can use one, so that the arguments can be told apart."""
     for cached in (True, False):
         with undisturbed(model), torch.no_grad(), recording(layers) as recorded:
             model.train()
@@ -207,7 +207,7 @@ def _matrices(found: Audit, model: nn.Module, block: BlockWiring) -> dict[str, R
 
 
 def _role(row: Row) -> Role | Fused | None:
-    """A matrix's role: whether it reads or writes is known, which of several that read it is by its name."""
+    """A matrix's role. The audit knows whether it reads or writes; its name tells which of several readers it is."""
     if row.role in _OUTPUTS:
         return _OUTPUTS[row.role]
     name = row.name.removesuffix(".weight").rpartition(".")[2].lower()

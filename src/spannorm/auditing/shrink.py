@@ -1,4 +1,4 @@
-"""A configuration of Transformers made small by the names of its sizes, so that its model is built in a second."""
+"""A configuration of Transformers with small sizes, found by their names, so that its model is built in a second."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _NAMES: tuple[tuple[int, str], ...] = (
      "expert_layer_offset num_kv_shared_layers split_ngram_parts max_window_layers num_global_layers "
      "prompt_length loop_layer_index_start"),
 )  # fmt: skip
-"""Small value → the names that take it, where the configuration has a larger one."""
+"""Small value → the names that get it, if the configuration has a larger value."""
 SMALL = {name: value for value, names in _NAMES for name in names.split()}
 RATIOS = ("attention_hidden_size", "attention_head_dim")
-"""Sizes that are kept in their ratio to the width, or to the width of a head."""
+"""Sizes whose ratio to the width, or to the width of a head, stays the same."""
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads", "num_query_groups")
 
 DEPTHS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
     "depth", "num_layers_per_stack",
 )  # fmt: skip
-"""What configurations call the number of blocks; of several, all are set."""
+"""Names of the number of blocks in configurations. If there are several, all are set."""
 
 
 def depth_of(config: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Signal and gradient by block at init, measured, and what the theory says of the same stack."""
+"""Signal and gradient by block at init: measured, and predicted by the theory for the same stack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spannorm.probes.statistics import power
 
 @dataclass(frozen=True)
 class Signal:
-    """RMS over tokens and channels, at the input of each block and at the last one's output."""
+    """RMS over tokens and channels, at the input of each block and at the output of the last."""
 
     signal_rms: tuple[float, ...]
     gradient_rms: tuple[float, ...]
@@ -42,8 +42,8 @@ class Signal:
 def measure(model: nn.Module, stack: Stack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signal:
     """One forward and backward pass. No parameter's `.grad` is touched.
 
-    The loss is the cross entropy of what the model returns against targets drawn at random; of what has no classes to
-    choose between, the mean square.
+    The loss is the cross entropy of the model's output with random targets. If the output has no classes, it is the
+    mean square.
     """
     paths = [b.path for b in stack.blocks]
     wanted = {id(m): n for n, m in model.named_modules() if n in paths}

@@ -1,4 +1,4 @@
-"""Where a model's blocks begin and end: lists of modules that hand a tensor on from one to the next."""
+"""Where a model's blocks begin and end: lists of modules in which each reads the output of the one before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spannorm.auditing.trace import Call, Node, Trace
 
 @dataclass(eq=False, repr=False)
 class Block:
-    """One block as it ran: what came in, what it handed on."""
+    """One block of the trace: its inputs and outputs."""
 
     path: str
     position: int
@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(eq=False, repr=False)
 class Stack:
-    """Blocks in the order they ran; a block that runs several times is there several times."""
+    """Blocks in the order in which they ran. A block that runs several times appears several times."""
 
     path: str
     blocks: list[Block]
@@ -61,7 +61,7 @@ def find_stacks(model: nn.Module, trace: Trace) -> list[Stack]:
 
 
 def _has_skip(stack: Stack) -> bool:
-    """Whether a block adds something to what it is given: a row of plain layers is no stack of blocks."""
+    """Whether a block adds something to its input, because a sequence of plain layers is no stack of blocks."""
     from spannorm.auditing.equation import Sums
 
     block = stack.blocks[len(stack.blocks) // 2]
@@ -87,7 +87,7 @@ def _holds_others(stack: Stack, others: list[Stack]) -> bool:
 
 
 def _interleaved(chains: dict[str, list[Call]]) -> dict[str, list[list[Call]]]:
-    """Lists of equal length side by side that take turns are one stack: block i is what runs of all of them at i."""
+    """Lists of equal length whose modules run in turns are one stack: block i is module i of all of them."""
     done: dict[str, list[list[Call]]] = {}
     for path, calls in chains.items():
         parent = path.rpartition(".")[0]
@@ -141,7 +141,7 @@ def _position(call: Call) -> int:
 
 
 def _left(outputs: list[Node], shapes: list[torch.Size]) -> list[Node]:
-    """What the last block hands on: shaped as the streams are, or their readout."""
+    """The last block's output: with the shape of the streams, or of their readout."""
     same = [n for n in outputs if n.shape in shapes]
     alike = [n for n in outputs if n.shape[:2] == shapes[0][:2] and n.shape[-1] == shapes[0][-1]]
     return _distinct((same or alike)[: len(shapes)])
@@ -157,7 +157,7 @@ def _distinct(nodes: list[Node]) -> list[Node]:
 
 
 def _comes_from(node: Node, start: int, before: Call) -> bool:
-    """Whether a tensor was worked out from what a call computed."""
+    """Whether a tensor was computed from the results of a call."""
     stack, seen = [node], set()
     while stack:
         n = stack.pop()

@@ -1,7 +1,7 @@
-"""What a sublayer runs, step by step.
+"""The steps that a sublayer runs.
 
-A sublayer is one module in most families. In others it is several in a row, such as BART's `fc1`, an activation and
-`fc2`, with dropouts between that are functions, or a module that also adds the skip, which is then handed zeros.
+A sublayer is one module in most families. In others it is a sequence, such as BART's `fc1`, an activation and `fc2`,
+with dropouts between them that are functions. Or it is a module that also adds the skip; it then gets zeros as skip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     arguments: tuple[tuple[str, Source], ...] = ()
     """By name, `*0`, `*1`, … for those in order."""
     rest: bool = False
-    """Whether it takes whatever else the layer is handed by keyword."""
+    """Whether it gets all other keyword arguments of the layer."""
     dropout: float = 0.0
 
     def __call__(
@@ -73,10 +73,10 @@ class LayerCalls:
     """How one kind of layer runs its two sublayers."""
 
     steps: Mapping[str, tuple[Step, ...]]
-    """`attn` and `ffn` → steps in turn."""
+    """`attn` and `ffn` → steps in order."""
     returns: tuple[Source, ...] | None
-    """What a layer returns besides the stream; None where it returns the stream alone."""
+    """What a layer returns after the stream; None if it returns only the stream."""
     unread: tuple[str, ...]
-    """Arguments of the layer that were None, and that no step is handed."""
+    """Arguments of the layer that were None, and that no step gets."""
     classes: tuple[tuple[str, str], ...]
-    """Path of a module → the name of its class: by these a layer of this kind is known."""
+    """Path of a module → the name of its class. These identify a layer of this kind."""

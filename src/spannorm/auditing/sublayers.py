@@ -1,4 +1,4 @@
-"""What a branch is: attention, another mixer of tokens or a feed-forward; tried by moving one token."""
+"""The kind of a branch: attention, another mixer of tokens, or a feed-forward. The test changes one token."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def letter_of(branch: Branch, kind: str, batch_first: Any) -> str:
 
 
 def _mixes(branch: Branch, batch_first: Any) -> bool | None:
-    """Whether one token's input reaches another token's output; None where it cannot be tried."""
+    """Whether one token's input affects another token's output; None if this cannot be tested."""
     reads = [r for r in branch.reads if r.value.ndim >= 3]
     if not reads or len(reads) < len(branch.reads):
         return True if any(op.startswith("_scaled_dot_product") for op in branch.ops) else None
@@ -79,7 +79,7 @@ def _mixes(branch: Branch, batch_first: Any) -> bool | None:
 
 
 def sublayers_of(branches: Iterable[tuple[Branch, str]], norms: Norms) -> tuple[Sublayer, ...]:
-    """The sublayers of a block, in the order they ran: branches of one module and one letter are one."""
+    """The sublayers of a block, in the order in which they ran. Branches with the same module and letter are one."""
     found: dict[tuple[str, str], Sublayer] = {}
     for branch, letter in sorted(branches, key=lambda b: b[0].node.index):
         top = _part(branch.module)

@@ -1,4 +1,4 @@
-"""What the command line's TARGET is: a configuration, a folder, a Hub name, a family, or a function that builds."""
+"""The command line's TARGET: a configuration, a folder, a Hub name, a family, or a function that builds a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from spannorm.errors import InputError
 from spannorm.named_code import check_configuration
 
 TOKENS = (2, 13)
-"""Sequences and tokens that a model of text is run with: no other size is 13, so that an axis of tokens is known."""
+"""Sequences and tokens for a model of text. No other size is 13, so an axis of that length is the tokens' axis."""
 
 
 @dataclass
 class Target:
-    """A model to audit, and how it is built at another depth."""
+    """A model to audit, and a function that builds it with another depth."""
 
     name: str
     model: nn.Module
@@ -31,14 +31,14 @@ class Target:
     """As it was given, not shrunk."""
     shrunk: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     build: Callable[[int], nn.Module] | None = None
-    """Number of blocks → a fresh model; None where it cannot be built again."""
+    """Number of blocks → a new model; None if it cannot be built again."""
 
 
 def build_small(config: Any, depth: int, seed: int = 0) -> tuple[nn.Module, Mapping[str, tuple[Any, Any]]]:
-    """A model of a configuration of Transformers, made small; the random generator is left as it was.
+    """A small model for a configuration of Transformers. The random generator is as before afterwards.
 
     Raises:
-        InputError: Transformers cannot build it; the message has its words.
+        InputError: Transformers cannot build it; the message has Transformers' text.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,15 +75,15 @@ def class_for(config: Any) -> Callable[[Any], nn.Module]:
 
 
 def resolve(target: str, depth: int = 4) -> Target:
-    """Find and build what the command line names.
+    """Find and build the model that the command line names.
 
     Args:
         target: a folder with `config.json`, such a file, the name of a family of Transformers (`llama`), a name on the
-            Hub (`Qwen/Qwen3-8B`: its configuration alone is downloaded), or `module:function`.
+            Hub (`Qwen/Qwen3-8B`; only its configuration is downloaded), or `module:function`.
         depth: blocks of the small model.
 
     Raises:
-        InputError: there is no such thing, or it cannot be built.
+        InputError: it does not exist, or cannot be built.
     """
     module, colon, function = target.partition(":")
     if colon and not Path(target).exists():
@@ -115,7 +115,7 @@ def _from_function(target: str, module: str, function: str) -> Target:
 
 
 def of_model(model: nn.Module, name: str | None = None) -> Target:
-    """A live model as a target; one of Transformers can be built again from its configuration, small."""
+    """A model object as a target. If it is one of Transformers, small ones can be built from its configuration."""
     config = getattr(model, "config", None)
     kind = type(model)
     if config is None or not hasattr(kind, "_from_config") or depth_of(config) is None:
@@ -155,10 +155,10 @@ def _configuration(target: str) -> Any:
 
 
 def made_up_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Made-up inputs for a model of Transformers: tokens, or an image; for an encoder–decoder tokens for both.
+    """Made-up inputs for a model of Transformers: tokens, or an image; for an encoder–decoder, tokens for both.
 
     Raises:
-        InputError: the model says neither; give `made_up_inputs`.
+        InputError: the model takes neither; give `made_up_inputs`.
     """
     main = getattr(model, "main_input_name", None)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""What the theory says of the real model: its placement, its depth rule and its sizes, without building it."""
+"""The theory's prediction for the real model, from its placement, its depth rule and its sizes, without building it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES = {"1/√(2L)": "1/sqrt(2L)", "1/√L": "1/sqrt(L)", "1/L": "1/L", "√10/
 
 @dataclass(frozen=True)
 class Outlook:
-    """The theory's answer, or why it has none."""
+    """The theory's prediction, or why there is none."""
 
     placement: str
     depth_rule: str
@@ -29,12 +29,12 @@ class Outlook:
     gradient: float
     """Gain from the stack's output to its input."""
     gradient_in_block_0: float
-    """The part of it that block 0 makes, which reads the embedding."""
+    """The part of it from block 0, which reads the embedding."""
     growth: float | None
-    """RMS of what leaves the stack over what enters it."""
+    """RMS of the stack's output, divided by that of its input."""
     words: str
     advised: str | None
-    """The depth rule that keeps the gradient within a factor 2; None where the present one does, or none would."""
+    """The depth rule that keeps the gradient within a factor 2; None if the present rule does, or if no rule does."""
 
 
 def outlook(
@@ -79,7 +79,7 @@ def _first_block(found: Prediction) -> float:
 
 
 def _rule(init: Sequence[Row]) -> str | None:
-    """The depth rule of the output matrices; None where they do not follow one and the same."""
+    """The depth rule of the output matrices; None if they do not all follow the same rule."""
     outputs = [r for r in init if r.role in ("attention-out", "FFN-down") and len(r.shape) > 1]
     rules = set()
     for row in outputs:
@@ -94,7 +94,7 @@ def _rule(init: Sequence[Row]) -> str | None:
 
 
 def _base(init: Sequence[Row], config: Any) -> dict[str, Any] | None:
-    """The base init of what reads the stream."""
+    """The base init of the matrices that read the stream."""
     names = {r.partition(" × ")[0] for row in init if row.role in ("attention-in", "FFN-in") for r in row.rules[:1]}
     given = initializer_range(config)
     if names and all(n.startswith("normal") for n in names):
@@ -105,7 +105,7 @@ def _base(init: Sequence[Row], config: Any) -> dict[str, Any] | None:
 
 
 def _value(config: Any, name: str) -> Any:
-    """A configuration's value; None where it has none, or one per block."""
+    """A configuration's value; None if it has none, or one per block."""
     try:
         return getattr(config, name, None)
     except Exception:  # Transformers raises an error of its own for what differs by block

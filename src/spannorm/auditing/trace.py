@@ -1,8 +1,8 @@
-"""Everything a model computes in one forward pass, as a graph of PyTorch's own operations that can be run again.
+"""All operations of a model in one forward pass, as a graph of PyTorch's own operators that can be run again.
 
-Modules do not matter here: an addition inside a function, a norm written out by hand and a fused kernel are all calls
-of `aten` operators. The model is not touched: the module names come from hooks that PyTorch keeps for all modules
-together, and the parameters are only read.
+It does not depend on modules: an addition inside a function, a norm written by hand and a fused kernel are all calls of
+`aten` operators. The model does not change: the module names come from PyTorch's global hooks, and the parameters are
+only read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 @dataclass(eq=False, repr=False)
 class Node:
-    """A tensor: what made it, from what, in which module."""
+    """A tensor: its operator, the operator's arguments, and the module in which it ran."""
 
     index: int
     value: Tensor
     op: str
-    """Name of the operator, such as `add`; `parameter`, `constant` or `input` for what no operator made."""
+    """Name of the operator, such as `add`; `parameter`, `constant` or `input` if no operator made the tensor."""
     func: Any = None
     args: tuple[Any, ...] = ()
     """The operator's arguments, with nodes in place of tensors."""
@@ -41,7 +41,7 @@ class Node:
     data: bool = False
     """Whether it depends on the model's input."""
     replays: bool = True
-    """Whether it can be computed again from its arguments; not where a view was written to."""
+    """Whether it can be computed again from its arguments; not if a view was written to."""
 
     @cached_property
     def parents(self) -> list[Node]:
@@ -71,11 +71,11 @@ class Trace(TorchDispatchMode):
         with torch.no_grad(), Trace(model, inputs) as trace:
             trace.result(model(**inputs))
 
-    Every tensor is kept until the trace is dropped: give it few tokens.
+    It keeps every tensor until it is deleted, so give it few tokens.
 
     Args:
-        model: whose parameters, buffers and modules have names.
-        inputs: what it will be called with: what depends on these tensors is data, all else is the model's own.
+        model: the names of its parameters, buffers and modules are used.
+        inputs: the model's inputs. Tensors that depend on them are data; all others are the model's own.
     """
 
     def __init__(self, model: nn.Module, inputs: Any = ()) -> None:
@@ -178,7 +178,7 @@ class Trace(TorchDispatchMode):
         return out
 
     def _writes(self, t: Tensor, name: str, func: Any, held: Any, where: str, data: bool) -> None:
-        """An operation in place: the tensor is a new node from here on, and so is all that shares its memory."""
+        """An operation in place: from here on, the tensor is a new node, and so are all that share its memory."""
         fresh = Node(0, t, name.rstrip("_"), func, held[0], held[1], None, where, data=data)
         others = [i for i in self._sharing.get(_storage(t), ()) if i != id(t)]
         self._add(fresh, t)
@@ -226,10 +226,10 @@ class CannotReplay(Exception):
 
 
 def replay(target: Node, given: Mapping[Node, Tensor], limit: int = 20_000) -> Tensor:
-    """The value of a node when others have the values given; what does not depend on these stays as it was.
+    """The value of a node if others have the given values. Nodes that do not depend on these keep their values.
 
     Raises:
-        CannotReplay: a view was written to on the way, the way is longer than `limit`, or an operation refuses.
+        CannotReplay: a view was written to, more than `limit` nodes are needed, or an operation raises.
     """
     depends: dict[int, bool] = {}
     order: list[Node] = []

@@ -1,4 +1,4 @@
-"""The verdict: at most ten sentences with their numbers, what costs most first."""
+"""The verdict: at most ten sentences with numbers, the most costly first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sentence:
 
 
 def verdict(found: Audit) -> list[Sentence]:
-    """What costs most, first; faults before notes."""
+    """The most costly first, and faults before notes."""
     looks = (_recovered, _depth, _swapped, _zeros, _drift, _outlook, _epsilons, _precision, _signal, _embedding)
     lines = [sentence for look in looks for sentence in look(found)]
     ordered = [s for s in lines if s.off] + [s for s in lines if not s.off]
@@ -83,7 +83,7 @@ def _depth(found: Audit) -> Iterator[Sentence]:
 
 
 def _swapped(found: Audit) -> Iterator[Sentence]:
-    """A depth-scaled matrix that reads, in a sublayer whose output matrix is not depth-scaled."""
+    """A depth-scaled input matrix, in a sublayer whose output matrix is not depth-scaled."""
     if isinstance(found.init, str):
         return
     rows = {r.role: r for r in reversed(found.init) if len(r.shape) > 1 and r.depth_exponent is not None}

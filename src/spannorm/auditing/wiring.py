@@ -1,4 +1,4 @@
-"""The wiring of a block: its equation, its sublayers, and how far the equation is from what the model computed."""
+"""The wiring of a block: its equation, its sublayers, and the equation's difference from the model's result."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class BlockWiring:
     path: str
     position: int
     equation: tuple[str, ...]
-    """Lines, the last of which say what leaves the block."""
+    """Lines of text. The last ones are the block's output."""
     sublayers: tuple[Sublayer, ...]
     learned: tuple[str, ...]
     """Factors in the equation that the model holds, with their values; and how many constants of 1 there are."""
     residual: float | None
-    """How far the equation's sum is from what the model computed, relative; rounding alone is below 1e-4."""
+    """Relative difference between the equation's sum and the model's result; rounding alone is below 1e-4."""
     norms: tuple[str, ...] = field(default=())
     """Modules of the norms in the equation."""
 
@@ -43,7 +43,7 @@ def read_block(
 
     Args:
         block: from `find_stacks`.
-        norms: one for the whole trace, which tries each norm once.
+        norms: one for the whole trace, so that each norm is tested once.
         types: module path → the name of its class.
         batch_first: (batch, tokens) of the input, which tells a stream (tokens, batch, width) from the usual.
     """
@@ -65,8 +65,9 @@ def _values(node: Node) -> str:
 
 
 def _residual(writer: Writer) -> float | None:
-    """The equation held against the model: the sum of its terms less what the block returned; None where a matrix
-    mixes streams, which has no place in a plain sum."""
+    """The equation compared with the model: the sum of its terms minus the block's output.
+
+    None if a matrix mixes streams, because a plain sum cannot express that."""
     worst = 0.0
     for target in writer.block.leaving.values():
         total = torch.zeros_like(target.value, dtype=torch.float64)

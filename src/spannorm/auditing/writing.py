@@ -1,8 +1,8 @@
-"""A block's equation in the field's letters: which sums have names, which branch is attention, what a norm reads.
+"""A block's equation as text, in the usual letters.
 
-`x` is what comes in, `x'` what leaves, `h` a state between sublayers; `N` a norm, `A` attention, `M` another mixer of
-tokens, `F` what works on each token by itself, `e` what comes from outside the block. With several streams they are
-`x1`, `x2` and so on.
+`x` is the input, `x'` the output, `h` a state between sublayers; `N` a norm, `A` attention, `M` another mixer of
+tokens, `F` a sublayer that works on each token alone, `e` an input from outside the block. Several streams are `x1`,
+`x2` and so on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Writer:
     # what there is ----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Follow every sum, norm and branch inwards from what leaves the block."""
+        """Follow every sum, norm and branch, going back from the block's output."""
         self.sums: dict[int, Node] = {}
         self.normed: dict[int, list[Node]] = {}  # sum → norms that read it
         self.raw: dict[int, int] = {}  # node → branches that read it as it is
@@ -121,7 +121,7 @@ class Writer:
         return self.reading._part_of_stream(node)
 
     def _name(self) -> None:
-        """Give names to what is used more than once, and to what a sublayer reads after another one was added."""
+        """Name the sums that are used more than once, and those that a sublayer reads after another one was added."""
         own = {i for t in self.block.leaving.values() for i in (t.index, strip(t).index, self._bare(t).index)}
         while True:  # a sum inside two others is one of its own
             roots = set(self.sums)
@@ -199,7 +199,7 @@ class Writer:
         return " + ".join(ordered).replace("+ −", "− ") or "0"
 
     def _turn(self, term: Term) -> tuple[bool, int]:
-        """Feed-forwards after all else, and otherwise as they ran: the order in which norms are named."""
+        """The order in which norms are named: as they ran, but feed-forwards last."""
         _, letter = self.branches.get(term.atom.index, (None, "")) if term.atom is not None else (None, "")
         return letter == "F", -1 if term.atom is None else term.atom.index
 
@@ -223,7 +223,7 @@ class Writer:
         return any(leaf.name.rpartition(".")[0] in (owner, "") or leaf.name == "?" for leaf in parameters_of(vector))
 
     def _atom(self, term: Term) -> tuple[int, str | None, Any]:
-        """Rank in the sum, text, and what makes two terms one."""
+        """Rank in the sum, text, and a key that is equal for terms that can be merged."""
         atom = term.atom
         if atom is None:
             return 0, None, None

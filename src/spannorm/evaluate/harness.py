@@ -1,4 +1,4 @@
-"""A model under lm-eval. Import it only where lm-eval is installed (`tasks.load_tasks` says so where it is not)."""
+"""A model in lm-eval. Import this only if lm-eval is installed (`tasks.load_tasks` checks that)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DRAWS = 1000  # of a bootstrap, for the metrics that have no standard error in 
 
 
 class Harness(HFLM):
-    """lm-eval's `HFLM`, except that long answers are scored in windows, and what did not fit is counted.
+    """lm-eval's `HFLM`, except that long answers are scored in windows, and contexts that were cut are counted.
 
     Args:
         model: a causal language model; its `config.max_position_embeddings` is the longest context.
-        tokenizer: a fast tokenizer with an end-of-sequence token, which stands before a text without context.
+        tokenizer: a fast tokenizer with an end-of-sequence token, which is put before a text without context.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
@@ -30,7 +30,7 @@ class Harness(HFLM):
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size,
                              max_length=model.config.max_position_embeddings)  # fmt: skip
         self.cut = 0
-        """Requests so far whose context was cut on the left because it did not fit."""
+        """The number of requests so far whose context was cut on the left because it did not fit."""
 
     def _loglikelihood_tokens(
         self,
@@ -38,10 +38,10 @@ class Harness(HFLM):
         disable_tqdm: bool = True,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation given its context, in nats, and whether it is the likeliest throughout.
+        """Log-likelihood of each continuation given its context, in nats, and whether its tokens are the most likely.
 
-        `HFLM` takes no continuation longer than the model's context. Here it is scored in pieces of that length, each
-        given what stands before it as far as that fits, at least one token: as `loglikelihood_rolling` does.
+        `HFLM` accepts no continuation longer than the model's context. Here it is scored in pieces of that length. Each
+        piece has as much earlier text as fits, at least one token, as in `loglikelihood_rolling`.
         """
         pieces, owners = [], []
         for number, (text, context, continuation) in enumerate(requests):
@@ -67,18 +67,18 @@ def evaluate(
     limit: int = 0,
     on_task: Callable[[str], object] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks on a model, in evaluation mode, and return what each came to.
+    """Run tasks on a model, in evaluation mode, and return their results.
 
     Args:
         tasks: lm-eval's task objects (`load_tasks`).
-        limit: questions per task, from its first on; 0 means all.
+        limit: the first questions of each task; 0 means all.
         on_task: called with a task's name before it runs.
 
     Returns:
         By task: `metrics` (name → `value`, `stderr` over the questions or None, `higher_is_better`), `questions`,
-        `chance` (the share of right answers of one who guesses; None where it is not multiple choice), `cut` (requests
-        whose context did not fit and was cut on the left), `version` of the task, and, of tasks made from text,
-        `questions_sha256`.
+        `chance` (the share of right answers by guessing; None if it is not multiple choice), `cut` (requests whose
+        context did not fit and was cut on the left), `version` of the task, and `questions_sha256` for tasks made from
+        text.
     """
     training = model.training
     results = {}
@@ -123,7 +123,7 @@ def _result(name: str, task: Any, told: Mapping[str, Any], cut: int) -> dict[str
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """lm-eval prints bars on the way; its bootstrap would start a process per core of this one, threads and all."""
+    """Turn off lm-eval's progress bars, and its bootstrap's copies of this process, one per core."""
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

@@ -1,7 +1,7 @@
 """Questions with known answers, made from text alone: which identifier comes next, which bracket closes.
 
-Which questions are asked depends on the texts and the arguments alone: where there are more than were asked for,
-those whose SHA-256 of (task, text, place) comes first are taken.
+The choice of questions depends on the texts and the arguments alone. If there are more than requested, those with the
+smallest SHA-256 of (task, text, place) are used.
 """
 
 from __future__ import annotations
@@ -19,39 +19,38 @@ from typing import TypedDict
 
 CHOICES = 4
 """Identifiers to choose from."""
-SHORTEST = 3  # characters of an identifier: `i` and `os` are guessed too easily
+SHORTEST = 3  # characters of an identifier, because `i` and `os` are too easy to guess
 BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
 class Question(TypedDict):
     """One question: which of the choices follows the context in the text.
 
-    The context ends before a space, and every choice begins with what stands between there and the place asked for:
-    tokenizers begin a token at a space, and may join what touches (`)` and `)` to `))`).
+    The context ends before a space. Every choice begins with the text from there to the place of the question. The
+    reason: tokenizers begin a token at a space, and may join adjacent characters (`)` and `)` to `))`).
     """
 
     context: str
     choices: list[str]
     answer: int
-    """The place of the right one among the choices."""
+    """The index of the right choice."""
     document: str
-    """SHA-256 of the text it was taken from."""
+    """SHA-256 of the text from which it was made."""
     place: int
-    """Where in the text stands what is asked for, in characters."""
+    """The place of the answer in the text, in characters."""
 
 
 def identifier_cloze(documents: Iterable[str], count: int, characters: int) -> list[Question]:
-    """Which identifier comes next, of four of one length.
+    """Which identifier comes next, of four with the same length.
 
     The context ends before an identifier that occurs in it. The wrong choices are three others that occur earlier in
-    the same text and are as long, since a sum of log-likelihoods favours the short; those that stand in the context
-    are taken first. A choice ends with the character that follows in the text, so that `name` is not also the
-    beginning of `names`. In text that Python can parse identifiers are its names without keywords; in other text,
-    words.
+    the same text; those in the context come first. They have the same length, because a sum of log-likelihoods favours
+    short texts. A choice ends with the next character of the text, so that `name` is not also the beginning of `names`.
+    In text that Python can parse, identifiers are Python's names without keywords. In other text they are words.
 
     Args:
-        count: questions to make, at most; 0 makes all.
-        characters: length of the context, at most. An identifier has at most a third of it.
+        count: largest number of questions; 0 means all.
+        characters: largest length of the context. An identifier has at most a third of it.
     """
     made: dict[str, Question] = {}
     for text in documents:
@@ -75,15 +74,15 @@ def identifier_cloze(documents: Iterable[str], count: int, characters: int) -> l
 
 
 def bracket_matching(documents: Iterable[str], count: int, characters: int) -> list[Question]:
-    """Which closing bracket comes next, `)`, `]` or `}`: the one that was opened last and is still open.
+    """Which closing bracket comes next, `)`, `]` or `}`: the one for the last bracket that is still open.
 
     The context holds the opening bracket and at least one character after it. Each bracket is the answer equally
-    often, so that a model that only knows which is frequent answers a third. Brackets in strings and comments count
-    as well; where two do not match, all that are open are forgotten.
+    often, so that a model that knows only the frequencies is right in a third of the cases. Brackets in strings and
+    comments count too. If two do not match, all open brackets are forgotten.
 
     Args:
-        count: questions to make, at most; 0 makes all.
-        characters: length of the context, at most.
+        count: largest number of questions; 0 means all.
+        characters: largest length of the context.
     """
     made: dict[str, dict[str, Question]] = {bracket: {} for bracket in BRACKETS}
     for text in documents:
@@ -128,7 +127,7 @@ def identifiers(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _at_space(text: str) -> tuple[str, str]:
-    """The text up to its last space, and from there on, spaces in a row belonging to the second part."""
+    """The text before its last space, and the rest. Several spaces in a row belong to the rest."""
     cut = len(re.sub(r"\s*\S*$", "", text))
     return text[:cut], text[cut:]
 

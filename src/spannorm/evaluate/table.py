@@ -1,4 +1,4 @@
-"""The table an evaluation ends in."""
+"""The table at the end of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LEVEL = 0.95
 
 
 def margin(stderr: float | None) -> float | None:
-    """Half of the interval over the questions, by the normal approximation: z · standard error."""
+    """Half of the confidence interval over the questions, by the normal approximation: z · standard error."""
     return None if stderr is None else NormalDist().inv_cdf((1 + LEVEL) / 2) * stderr
 
 
 def print_scores(tasks: Mapping[str, Mapping[str, Any]], title: str, console: Console | None = None) -> None:
-    """Print each task's metrics with their intervals, what guessing comes to, and what did not fit."""
+    """Print each task's metrics with their intervals, the result of guessing, and the contexts that were cut."""
     grid = Grid(title)
     grid.column("task")
     grid.column("metric")

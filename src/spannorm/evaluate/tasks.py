@@ -25,16 +25,16 @@ PAPER = ("winogrande", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge
 GROUPS = {"local": tuple(LOCAL), "paper": PAPER}
 LONGEST_CONTEXT = 512  # characters
 FEWEST = 30
-"""Questions that a task made from text must have: below, the interval is wider than ± 0.15."""
+"""The least number of questions of a task made from text. With fewer, the interval is wider than ± 0.15."""
 
 
 @dataclass(frozen=True)
 class LocalText:
-    """What local tasks are made from.
+    """The text from which local tasks are made.
 
     Args:
         documents: held-out texts.
-        context: tokens that the model reads at most; decides how long a question's context is.
+        context: the longest input of the model in tokens. It decides the length of a question's context.
         questions: questions per task at most; 0 means all.
     """
 
@@ -44,15 +44,15 @@ class LocalText:
 
     @property
     def characters(self) -> int:
-        """Of a question's context, so that with an answer of a third of that it fits into `context` tokens.
+        """Length of a question's context. With an answer of a third of it, it fits into `context` tokens.
 
-        A token is at least one character of ASCII text.
+        A token has at least one character of ASCII text.
         """
         return min(LONGEST_CONTEXT, self.context * 3 // 4)
 
 
 def task_names(names: Iterable[str]) -> list[str]:
-    """The tasks that names mean, `local` and `paper` resolved, each once.
+    """The tasks of some names, each once. `local` and `paper` are replaced by their tasks.
 
     Raises:
         InputError: no name at all.
@@ -64,7 +64,7 @@ def task_names(names: Iterable[str]) -> list[str]:
 
 
 def check_installed() -> None:
-    """Raise `InputError` where lm-eval is not installed."""
+    """Raise `InputError` if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise InputError("evaluation needs lm-eval, which is not installed: pip install 'spannorm[eval]'.")
 
@@ -73,11 +73,11 @@ def load_tasks(names: Iterable[str], text: LocalText | None) -> dict[str, Any]:
     """lm-eval's task objects by name, with their data loaded. lm-eval's own groups become their tasks.
 
     Args:
-        text: what local tasks are made from; None where there is no text.
+        text: the text for local tasks; None if there is none.
 
     Raises:
-        InputError: lm-eval is not installed; a name is not known; a task's data is neither on this machine nor to be
-            had from the Hub; there is no text for a local task, or too few questions in it.
+        InputError: lm-eval is not installed; a name is not known; a task's data is neither on this machine nor
+            available from the Hub; there is no text for a local task, or too few questions in it.
     """
     check_installed()
     names = task_names(names)
@@ -89,7 +89,7 @@ def load_tasks(names: Iterable[str], text: LocalText | None) -> dict[str, Any]:
 
 
 def questions(name: str, text: LocalText | None) -> list[Question]:
-    """The questions of a local task. Raises `InputError` where there is no text, or too few questions in it."""
+    """The questions of a local task. Raises `InputError` if there is no text, or if it gives too few questions."""
     if text is None:
         raise InputError(
             f"the task {name} is made from held-out text, and there is none here: give the run's tokens with --data."
@@ -105,7 +105,7 @@ def questions(name: str, text: LocalText | None) -> list[Question]:
 
 
 def questions_sha256(made: Sequence[Question]) -> str:
-    """Of the questions as JSON: results that share it answered the same ones."""
+    """SHA-256 of the questions as JSON. Results with the same hash answered the same questions."""
     return sha256(json.dumps(made, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -165,7 +165,7 @@ def _from_harness(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             found[name] = manager.load([name])["tasks"]
         except ImportError as error:
             raise InputError(f"the task {name} needs a package that is not installed ({error}).") from None
-        except Exception as error:  # the loaders behind it raise nearly every kind
+        except Exception as error:  # its loaders raise many kinds of errors
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
                 f"the data of the task {name} is neither in this machine's cache nor to be had from the Hub "
@@ -176,7 +176,7 @@ def _from_harness(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No notices and no bars of the libraries, which would tear the live table; errors are exceptions all the same."""
+    """Turn off notices and progress bars of libraries, which would break the live table. Errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
     bars = [

@@ -1,4 +1,4 @@
-"""Add-and-norm without Triton. The one file of a published model contains this instead of the dispatch."""
+"""Add-and-norm that always uses plain PyTorch. A published model's one file has this instead of a choice of kernels."""
 
 from __future__ import annotations
 

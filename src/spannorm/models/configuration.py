@@ -31,7 +31,7 @@ _SHARED_GAIN = Qwen3MoeConfig.base_model_tp_plan["layers.*.self_attn.q_norm"]
 
 
 def _of_mixtures(value: Any) -> Any:
-    """A key that only mixtures of experts have; no default on the class, so that a dense configuration lacks it."""
+    """A key that only mixtures of experts have. The class has no default, so that a dense configuration lacks it."""
     return field(default_factory=lambda: value, metadata={"mixtures": True})
 
 
@@ -47,11 +47,11 @@ _GENERAL: dict[str, tuple[Any, Limits]] = {
     "id2label": (Mapping[Any, Any] | None, NONE),
     "label2id": (Mapping[Any, Any] | None, NONE),
 }
-"""Keys of every configuration that Transformers takes without a look, or with a traceback."""
+"""Keys of every configuration. Transformers does not check them, or fails with a traceback."""
 
 
 def _held_to_its_keys(cls: Any) -> Any:
-    """Check every value before the class sees it, and say in our words what Transformers still refuses."""
+    """Check every value before the class gets it, and raise Transformers' own refusals as `InputError`."""
     make = cls.__init__
 
     @wraps(make)
@@ -66,7 +66,7 @@ def _held_to_its_keys(cls: Any) -> Any:
             make(self, *args, **values)
         except InputError:
             raise
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # its validators raise them all
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # its validators raise all of these
             reason = getattr(error, "__cause__", None) or error
             raise InputError(f"this configuration cannot be: {' '.join(str(reason).split())[:400]}") from error
 
@@ -81,34 +81,34 @@ class SpanNormConfig(LlamaConfig):
 
     Args:
         placement: a name of `spannorm.PLACEMENTS`.
-        depth_rule: a name of `spannorm.depth_rule`; None becomes the placement's default, so that files record the
-            resolved name.
+        depth_rule: a name of `spannorm.depth_rule`. None becomes the name of the placement's default, which saved files
+            then record.
         placement_options: the placement's own options, such as `{"initial_norm": "embedding"}` for `span`.
         norm: `rmsnorm`, `layernorm`, or `dyt` (placements that normalize only what a sublayer reads).
-        qk_norm: a norm on each head's queries and keys, before RoPE; a placement that norms them itself does so in
-            its own way, whatever this says.
+        qk_norm: a norm on each head's queries and keys, before RoPE. A placement with its own norms on queries and keys
+            ignores this setting.
         base_init: a name of `spannorm.scaling.BASE_INITS`: `fan_in` (body N(0, 1/fan_in), embedding std 1, head
             d^-1/2), `xavier`, `normal` (`initializer_range`), `normal_cut` (the same, cut at 3σ), `megatron`
             (N(0, 1/(2.5 d)) cut at 3σ), `small`, `tiny` (N(0, 1/(2 d L)), embedding as in `fan_in`).
-        init_seed: seeds every parameter's draw together with its name; `torch.manual_seed` has no say.
-        embedding_multiplier: what the embedding is multiplied with on input. None becomes √d for tied embeddings
-            under `fan_in`, `xavier` and `tiny` (whose std is then d^-1/2), and 1 otherwise.
-        num_experts: experts of each sparse layer; 0 makes every layer dense, and the configuration loses the keys
-            below: by them other libraries tell a mixture.
-        num_experts_per_tok: k, the experts that a token goes to.
-        moe_intermediate_size: channels inside an expert; k of them stand for a dense `intermediate_size` of k times it.
+        init_seed: seeds the draw of each parameter, together with its name. `torch.manual_seed` has no effect.
+        embedding_multiplier: a factor on the embedding at the input. None becomes √d for tied embeddings under
+            `fan_in`, `xavier` and `tiny` (whose std is then d^-1/2), and 1 otherwise.
+        num_experts: experts of each sparse layer; 0 makes every layer dense. A dense configuration lacks the keys
+            below, because other libraries recognize a mixture of experts by them.
+        num_experts_per_tok: k, the number of experts that a token uses.
+        moe_intermediate_size: channels inside an expert. k experts have as many as a dense feed-forward of k times it.
         norm_topk_prob: divide the k chosen probabilities by their sum.
-        shared_expert_intermediate_size: channels of an expert that every token goes to besides; None means none.
-        decoder_sparse_step: every so many layers one is sparse: the last of each group.
+        shared_expert_intermediate_size: channels of one more expert that every token uses; None means none.
+        decoder_sparse_step: in each group of this many layers, the last one is sparse.
         router_aux_loss_coef: weight of the load-balancing loss, which every sparse layer adds in training.
-        router_aux_scope: what load is balanced over: each `sequence`, or each forward pass's whole `batch`, which makes
-            the gradient depend on how a batch is split.
+        router_aux_scope: balance the load within each `sequence`, or within the whole `batch` of a forward pass. With
+            `batch` the gradient depends on how a batch is split.
         router_z_loss_coef: weight of the router z-loss, which every sparse layer adds in training.
-        output_router_logits: return the routers' logits, and with labels the auxiliary losses, unless a call says
-            otherwise. TRL looks for this key, and for `router_aux_loss_coef`, to add the load-balancing loss itself.
+        output_router_logits: return the routers' logits, and with labels the auxiliary losses, unless a call overrides
+            it. TRL reads this key and `router_aux_loss_coef` to add the load-balancing loss itself.
 
     Raises:
-        InputError: sizes that do not divide, an unknown placement, rule, norm or base init, experts that cannot be.
+        InputError: sizes that do not divide, an unknown placement, rule, norm or base init, impossible experts.
     """
 
     model_type = "spannorm"
@@ -149,14 +149,14 @@ class SpanNormConfig(LlamaConfig):
                 delattr(self, key)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Transformers' own, and the file that its Auto classes open the folder with."""
+        """Transformers' own. It also writes the file with which the Auto classes open the folder."""
         self.auto_map = {auto: f"{AUTO_CODE}.{cls}" for auto, cls in _AUTO.items()}
         super().save_pretrained(save_directory, **kwargs)
         write_auto_code(Path(save_directory))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Transformers' own, which takes no key that the configuration lacks: a dense one lacks those of mixtures."""
+        """Transformers' own, except that a dense configuration also accepts the keys of mixtures of experts."""
         check_configuration(config_dict, config_dict.get("_name_or_path") or "config.json")
         given = {key: kwargs.pop(key) for key in ("num_experts", *MIXTURE_KEYS) if key in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
@@ -168,7 +168,7 @@ class SpanNormConfig(LlamaConfig):
     def _check_sizes(self) -> None:
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if width % heads:
-            # an even number of channels a head, which RoPE turns in pairs
+            # an even number of channels per head, because RoPE rotates pairs of channels
             near = max(1, round(width / (2 * heads))) * 2 * heads
             raise InputError(
                 f"`hidden_size` ({width}) must be divisible by `num_attention_heads` ({heads}); try {near}."
@@ -192,9 +192,9 @@ class SpanNormConfig(LlamaConfig):
         if self.rope_parameters == {"rope_theta": self.default_theta, "rope_type": "default"}:
             return
         try:
-            with torch.device("cpu"):  # not by an argument, which not every release has
+            with torch.device("cpu"):  # some releases have no argument for the device
                 turns = LlamaRotaryEmbedding(config=self).inv_freq
-        except Exception as error:  # the many kinds behind it raise nearly everything
+        except Exception as error:  # the kinds of RoPE raise many kinds of errors
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise InputError(f"`rope_parameters` ({shown(self.rope_parameters)}) cannot be used: {reason}.") from None
         if not (turns.isfinite() & (turns > 0)).all():
@@ -232,12 +232,12 @@ class SpanNormConfig(LlamaConfig):
 
     @property
     def num_hidden_states(self) -> int:
-        """How many `output_hidden_states` gives."""
+        """The number of hidden states that `output_hidden_states` returns."""
         return self.num_hidden_layers + 1
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the body. What a norm over the whole width reads is gathered first."""
+        """How tensor parallelism splits the body. The input of a norm over the whole width is gathered first."""
         inner, mlp = dict(self.stack.inner_norms), "layers.*.mlp"
         if self.qk_norm:
             inner = {"q": "head", "k": "head", **inner}
@@ -259,17 +259,17 @@ class SpanNormConfig(LlamaConfig):
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:
-        """How expert parallelism gives each process its experts; experts with norms inside have no plan."""
+        """How expert parallelism gives each process its experts. Experts with norms inside have no plan."""
         return (
             Qwen3MoeConfig.base_model_ep_plan if self.num_experts and "ffn_down" not in self.stack.inner_norms else None
         )
 
     @property
     def stack(self) -> Stack:
-        """The blocks' placements, as this configuration has them."""
+        """The blocks' placements in this configuration."""
         options = self.placement_options or {}
         return Stack(self.placement, self.num_hidden_layers, self.depth_rule, options, self.norm, self.rms_norm_eps)
 
 
 MIXTURE_KEYS = tuple(key for key, f in SpanNormConfig.__dataclass_fields__.items() if f.metadata.get("mixtures"))
-"""What a dense configuration lacks."""
+"""Keys that a dense configuration lacks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +57,43 @@ def gradient_paths(model: nn.Module, loss_of: Callable[[], Tensor]) -> GradientP
         InputError: a block run again gives another output: dropout is on, or a cache remembers the first run.
     """
     placements = list(find_placements(model).values())
-    given: list[tuple[Tensor, Sublayer, Sublayer]] = []
-    outputs: list[dict[str, Tensor]] = []
+    blocks, result, gradient = _recorded(placements, loss_of)
+    gradients = dict.fromkeys(PATHS, gradient / _rms(gradient))
+    scale = dict.fromkeys(PATHS, 0.0)
+    log_gain: dict[str, list[float]] = {path: [] for path in PATHS}
+    shares: dict[str, list[float]] = {"attn": [], "ffn": []}
+    for placement, block in zip(reversed(placements), reversed(blocks), strict=True):
+        below = _backward(placement, block, result, gradients, shares)
+        result = block.x.detach()
+        for path, g in below.items():
+            size = _rms(g)
+            scale[path] += _log(size)
+            gradients[path] = g / max(size, 1e-300)
+            log_gain[path].append(scale[path] + _log(_rms(summed(gradients[path]))))
+    return GradientPaths(
+        log_gain={path: values[::-1] for path, values in log_gain.items()},
+        attention_share=shares["attn"][::-1],
+        ffn_share=shares["ffn"][::-1],
+    )
+
+
+class _Block(NamedTuple):
+    """What one block was given in the forward pass, and what its sublayers returned."""
+
+    x: Tensor
+    attn: Sublayer
+    ffn: Sublayer
+    outputs: dict[str, Tensor]
+
+
+def _recorded(placements: list[Any], loss_of: Callable[[], Tensor]) -> tuple[list[_Block], Tensor, Tensor]:
+    """Run the model forward: the record of each block, the stack's output, and the loss's gradient there."""
+    blocks: list[_Block] = []
     top: list[Tensor] = []
 
     def before(_: int, x: Tensor, attn: Sublayer, ffn: Sublayer) -> Given:
-        given.append((x.detach(), attn, ffn))
-        outputs.append({})
-        return x, _noting(attn, outputs[-1], "attn"), _noting(ffn, outputs[-1], "ffn")
+        blocks.append(_Block(x.detach(), attn, ffn, {}))
+        return x, _noting(attn, blocks[-1].outputs, "attn"), _noting(ffn, blocks[-1].outputs, "ffn")
 
     def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         top.append(output.detach().requires_grad_())
@@ -76,43 +105,34 @@ def gradient_paths(model: nn.Module, loss_of: Callable[[], Tensor]) -> GradientP
             (gradient,) = torch.autograd.grad(loss_of(), top)
     finally:
         handle.remove()
+    return blocks, top[0].detach(), gradient
 
-    size = _rms(gradient)
-    gradients = dict.fromkeys(PATHS, gradient / size)
-    scale = dict.fromkeys(PATHS, 0.0)
-    log_gain: dict[str, list[float]] = {path: [] for path in PATHS}
-    shares: dict[str, list[float]] = {"attn": [], "ffn": []}
-    result = top[0].detach()
-    for placement, (x, attn, ffn), kept in zip(reversed(placements), reversed(given), reversed(outputs), strict=True):
-        leaf = x.requires_grad_()
-        arriving = gradients["total"]
-        below: dict[str, Tensor] = {}
-        for path, detached in PATHS.items():
-            # a detached branch is not computed again: its recorded output is used
-            branches = (_replayed(kept[name]) if name in detached else f for name, f in (("attn", attn), ("ffn", ffn)))
-            with torch.enable_grad():
-                output = placement(leaf, *branches)
-            if not torch.allclose(output.detach(), result, rtol=1e-3, atol=1e-3 * _rms(result)):
-                raise InputError(
-                    f"block {placement.layer_idx} gives another output when it is run again: put the model in "
-                    "evaluation mode and turn its cache off (`use_cache=False`)."
-                )
-            below[path] = torch.autograd.grad(output, leaf, gradients[path], retain_graph=len(detached) == 1)[0]
-            if len(detached) == 1:
-                without = torch.autograd.grad(output, leaf, arriving)[0]
-                whole = summed(below["total"])
-                shares[detached[0]].append((power(whole - summed(without)) / power(whole)).item())
-        result = x.detach()
-        for path, g in below.items():
-            size = _rms(g)
-            scale[path] += _log(size)
-            gradients[path] = g / max(size, 1e-300)
-            log_gain[path].append(scale[path] + _log(_rms(summed(gradients[path]))))
-    return GradientPaths(
-        log_gain={path: values[::-1] for path, values in log_gain.items()},
-        attention_share=shares["attn"][::-1],
-        ffn_share=shares["ffn"][::-1],
-    )
+
+def _backward(
+    placement: Any, block: _Block, result: Tensor, gradients: Mapping[str, Tensor], shares: dict[str, list[float]]
+) -> dict[str, Tensor]:
+    """Each path's gradient at a block's input, from that at its output `result`. Adds to the shares of the branches."""
+    leaf = block.x.requires_grad_()
+    below: dict[str, Tensor] = {}
+    for path, detached in PATHS.items():
+        # a detached branch is not computed again: its recorded output is used
+        attn, ffn = (
+            _replayed(block.outputs[name]) if name in detached else sublayer
+            for name, sublayer in (("attn", block.attn), ("ffn", block.ffn))
+        )
+        with torch.enable_grad():
+            output = placement(leaf, attn, ffn)
+        if not torch.allclose(output.detach(), result, rtol=1e-3, atol=1e-3 * _rms(result)):
+            raise InputError(
+                f"block {placement.layer_idx} gives another output when it is run again: put the model in "
+                "evaluation mode and turn its cache off (`use_cache=False`)."
+            )
+        below[path] = torch.autograd.grad(output, leaf, gradients[path], retain_graph=len(detached) == 1)[0]
+        if len(detached) == 1:
+            without = torch.autograd.grad(output, leaf, gradients["total"])[0]
+            whole = summed(below["total"])
+            shares[detached[0]].append((power(whole - summed(without)) / power(whole)).item())
+    return below
 
 
 def _noting(sublayer: Sublayer, outputs: dict[str, Tensor], name: str) -> Sublayer:

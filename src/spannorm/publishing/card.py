@@ -1,4 +1,4 @@
-"""The model card of a published model: what it is, how to load it, what made it, and what it is not."""
+"""The model card of a published model: what it is, how to load it, how it was made, and its limits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TASKS = {
     "SpanNormForTokenClassification": "token-classification",
     "SpanNormModel": "feature-extraction",
 }
-"""Architecture → the Hub's name for what it does."""
+"""Architecture → the Hub's name of its task."""
 _SMALL = 100_000_000
 """Parameters below which a card says that the model is small."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card states."""
+    """The facts on a card."""
 
     name: str
     config: SpanNormConfig
@@ -48,13 +48,13 @@ class Facts:
 
 
 def model_card(facts: Facts) -> str:
-    """README.md, with the front matter that the Hub reads."""
+    """The text of README.md, with the front matter for the Hub."""
     parts = [_front(facts), _what(facts), _load(facts), _tokens(facts), _result(facts), _training(facts), _init(facts)]
     return "\n\n".join([*parts, _limits(facts)]) + "\n"
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
-    """Loss and gradient norm by step, as a PNG; False where there is nothing to draw."""
+    """Loss and gradient norm by step, as a PNG. False if there is nothing to draw."""
     if not records:
         return False
     steps = np.array([r["step"] for r in records], dtype=np.float64)
@@ -201,7 +201,7 @@ def _limits(f: Facts) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """The value, with the last part of every absolute path in it."""
+    """The value, with every absolute path in it replaced by its last part."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
-"""`spannorm publish`: a folder that holds all that it takes to load a model, and the way of that folder to the Hub.
+"""`spannorm publish`: a folder with all files that are needed to load a model, and its upload to the Hub.
 
 config.json, generation_config.json, model.safetensors      as `save_pretrained` writes them
 modeling_spannorm.py    the whole model in one file, for `trust_remote_code=True`   (see bundle.py)
-tokenizer files         where the model has a tokenizer
+tokenizer files         if the model has a tokenizer
 README.md, curves.png, init_receipt.txt                     the model card          (see card.py)
-published.json          what made the folder; by it the folder may be written again
+published.json          how the folder was made; a folder with this file may be overwritten
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ HUB = "hub:"
 
 
 def publish(directory: Path, to: str | None = None, *, private: bool = True) -> str:
-    """Make a self-contained folder of a trained model, and upload it where `to` asks for that.
+    """Make a self-contained folder of a trained model, and upload it if `to` is a Hub repository.
 
     Args:
         directory: the folder of a run, of a comparison's job, or of a model of ours that `save_pretrained` wrote.
-        to: a folder, None for `directory/published`, or `hub:OWNER/NAME`. Nothing is uploaded in the first two cases.
-        private: of a repository that is made on the Hub.
+        to: a folder, None for `directory/published`, or `hub:OWNER/NAME`. Only `hub:` uploads.
+        private: whether a new repository on the Hub is private.
 
     Returns:
         The folder, or the address on the Hub.
 
     Raises:
-        InputError: no model of ours, a folder that holds something else, a placement without its source, no way to the
-            Hub.
+        InputError: no model of ours, a folder that holds something else, a placement without its source, no connection
+            to the Hub.
     """
     if to is not None and to.startswith(HUB):
         name = to.removeprefix(HUB)
@@ -81,7 +81,7 @@ def publish(directory: Path, to: str | None = None, *, private: bool = True) -> 
 
 
 def _check_ours(out: Path, new: Path) -> None:
-    """Refuse to replace a folder that holds more than what publishing wrote."""
+    """Refuse to replace a folder with files that publishing did not write."""
     before = read_json(out / PUBLISHED, {"spannorm": str, "placement": str, "files?": [str]}).get("files") or ()
     ours = {path.name for path in new.iterdir()} | set(before)
     strange = sorted(path.name for path in out.iterdir() if path.name not in ours)
@@ -125,12 +125,12 @@ def _fill(out: Path, directory: Path, name: str) -> None:
         f"{AUTO_CODE}_sha256": hashlib.sha256(code.encode()).hexdigest(),
         "data_sha256": None if run is None else run["data"]["sha256"],
     })  # fmt: skip
-    for file in out.iterdir():  # safetensors writes for the owner's eyes alone
+    for file in out.iterdir():  # safetensors writes files that only the owner can read
         shutil.copymode(out / "README.md", file)
 
 
 def _class_of(path: Path) -> Any:
-    """The class of ours that a saved model has."""
+    """The class of a saved model of ours."""
     saved, _ = PreTrainedConfig.get_config_dict(path)
     if saved.get("model_type") == REWIRED:
         raise InputError(
@@ -147,7 +147,7 @@ def _class_of(path: Path) -> Any:
 
 
 def _upload(folder: Path, name: str, private: bool) -> str:
-    """Put the folder's files into a repository of the Hub, which is made if it is not there."""
+    """Put the folder's files into a repository on the Hub, which is made if it does not exist."""
     api = HfApi()
     try:
         if api.repo_exists(name) and not api.file_exists(name, PUBLISHED):
@@ -156,7 +156,7 @@ def _upload(folder: Path, name: str, private: bool) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"spannorm {spannorm.__version__}")
     except InputError:
         raise
-    except Exception as error:  # the client passes on whatever its network library raises, and it has changed that
+    except Exception as error:  # the client raises its network library's errors, and that library has changed
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"cannot upload to {name} on the Hub ({reason}): log in with `hf auth login`, and see that the network is "

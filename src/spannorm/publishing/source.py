@@ -1,4 +1,4 @@
-"""A module's text, read as definitions and imports: what each name at its top level stands for."""
+"""A module's text as definitions and imports: the meaning of each name at its top level."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Definition:
 
     @cached_property
     def free(self) -> list[ast.Name]:
-        """Where it uses names that no scope inside it binds."""
+        """Uses of names that no scope inside it binds."""
         return [name for node in self.nodes for name in _free(node, frozenset())]
 
     @cached_property
     def local(self) -> set[str]:
-        """Every name that some scope inside it binds."""
+        """All names that a scope inside it binds."""
         inside = [n for node in self.nodes for n in ast.walk(node)]
         return {n.arg for n in inside if isinstance(n, ast.arg)} | {
             n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
         }
 
     def text(self, new: Mapping[ast.expr, str]) -> str:
-        """Its source, with some expressions, each within a line, written in another way."""
+        """Its source, with some expressions replaced. Each expression is within one line."""
         lines = [line.encode() for line in self.lines]  # the parser counts bytes
         for node, words in sorted(new.items(), key=lambda item: (item[0].lineno, item[0].col_offset), reverse=True):
             assert node.lineno == node.end_lineno
@@ -45,16 +45,16 @@ class Definition:
         return b"".join(lines).decode().rstrip()
 
     def renamed(self, name: str) -> Mapping[ast.expr, str]:
-        """What `text` takes so that an assignment has another name."""
+        """The replacements for `text` that rename an assignment."""
         stores = (n for node in self.nodes for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == self.name)
         return {n: name for n in stores if isinstance(n.ctx, ast.Store)}
 
 
 @dataclass
 class Source:
-    """A module by its text.
+    """A module from its text.
 
-    `definitions`: name → what defines it. `imports`: name → (module, name there), or (module, None) for `import`.
+    `definitions`: name → its definition. `imports`: name → (module, name there), or (module, None) for `import`.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Put a placement into a Transformers model you already have: `rewire`, and `load` for what it saved."""
+"""Put a placement into a Transformers model that you already have: `rewire`. Load a saved one: `load`."""
 
 from spannorm.rewiring.families import FAMILIES, Family
 from spannorm.rewiring.loading import RewiredAuto, load

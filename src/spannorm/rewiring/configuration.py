@@ -16,9 +16,9 @@ REFUSAL = "this model was rewired, load it with spannorm.load: not a file.safete
 class RewiredConfig:
     """The family's configuration, which also says how the model was rewired (`rewiring`).
 
-    In memory it is the family's in all respects. On disk it has a model type of its own, which the Auto classes know
-    from the file beside it, and names weights that are not there: PEFT and others read the configuration as the
-    family's, and nobody builds the family's model from a rewired model's weights.
+    In memory it is the family's in all respects. On disk it has its own model type, which the Auto classes know from
+    the file beside it. It also names a weights file that does not exist. So PEFT and others can read the configuration
+    as the family's, but cannot build the family's model from a rewired model's weights.
     """
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:

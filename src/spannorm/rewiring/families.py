@@ -1,4 +1,4 @@
-"""One row per family: where a layer keeps its sublayers, norms and matrices, and what else it does."""
+"""One row per family: where a layer has its sublayers, norms and matrices, and what else it does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spannorm.roles import GATE_UP, Fused, Roles
 class Family:
     """How a family's decoder layers are built. Paths are dotted, from the layer or from the base model.
 
-    The defaults are Llama's. A layer calls `attention(hidden_states, **kwargs)` with whatever the model hands it, and
-    takes the first of what comes back; the FFN is called with the hidden states alone.
+    The defaults are Llama's. A layer calls `attention(hidden_states, **kwargs)` with all arguments that the model gives
+    it, and uses the first result. It calls the FFN with the hidden states alone.
     """
 
     layers: str = "layers"
@@ -29,15 +29,15 @@ class Family:
     attention: str = "self_attn"
     ffn: str = "mlp"
     placement: str = "pre"
-    """What the family is built as: rewiring to it with depth rule `none` changes nothing."""
+    """The family's own placement: rewiring to it with depth rule `none` changes nothing."""
     norms: Mapping[str, str] = field(
         default_factory=lambda: {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     )
     """Role in the placement → the layer's norm. Norms of roles that a placement does not have are dropped."""
     matrices: Roles = field(default_factory=lambda: LLAMA)
-    """What each projection of a layer does; a path that a layer lacks says nothing."""
+    """What each projection of a layer does. Paths that a layer lacks are ignored."""
     own_norms: Mapping[str, str] = field(default_factory=lambda: {"q": "self_attn.q_norm", "k": "self_attn.k_norm"})
-    """The family's own norms inside attention, where a layer has them; they stand in for a placement's."""
+    """The family's own norms inside attention, if a layer has them. They replace those of a placement."""
     dropouts: Mapping[str, str] = field(default_factory=dict)
     """`attn` and `ffn` → the layer's dropout on that branch's output."""
     multiplier: str | None = None
@@ -53,19 +53,20 @@ class Family:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     """Configuration flags that must be off → why."""
     found: bool = False
-    """Whether an audit found this row, and nobody wrote it. What follows is said by audits alone."""
+    """Whether an audit found this row, instead of a person writing it. Only audits set the following fields."""
     off: float = 0.0
-    """How far a small model rewired to its own wiring is from what it was, of the largest logit: 0 is to the bit."""
+    """The largest difference after a small model is rewired to its own wiring, relative to the largest logit. 0 means
+    bit-identical."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `placement`."""
     steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
-    """`attn` and `ffn` → what runs in turn, with which arguments; empty for one module, called as above."""
+    """`attn` and `ffn` → the steps in order, with their arguments; empty for one module, called as above."""
     returns: Sequence[Source] | None = None
-    """What a layer returns after the stream; None where it returns a tensor."""
+    """What a layer returns after the stream; None if it returns a tensor."""
     unread: Sequence[str] = ()
-    """Arguments of a layer that nothing was seen to read, and that must be None."""
+    """Arguments of a layer that the audit saw nothing read. They must be None."""
     classes: Sequence[tuple[str, str]] = ()
-    """Paths and class names by which a layer of this kind is known."""
+    """Paths and class names that identify a layer of this kind."""
     unsplit: Sequence[str] = ()
     """Matrices that make q, k and v in an order that is not known; their role is `q`."""
     others: Sequence[Any] = ()
@@ -82,7 +83,7 @@ class Family:
         def fits(row: Family) -> bool:
             return all(type(modules.get(path)).__name__ == name for path, name in row.classes)
 
-        # of two that fit, the one that says more
+        # if two fit, the more specific one
         rows = [row for row in (self, *self.others) if fits(row)]
         return max(rows, key=lambda row: len(row.classes), default=None)
 
@@ -219,4 +220,4 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
-"""Configuration's `model_type` → row. A row of your own goes in here."""
+"""Configuration's `model_type` → row. Add your own row here."""

@@ -1,9 +1,9 @@
 """The row of a model's family: from the table, or from an audit of a small model of the same configuration.
 
-A row that an audit found is held to the model before it is used: a model of the full depth and small width, its
-parameters moved off their initial values, is rewired to its own wiring and must compute what it did, in eval mode and,
-with its dropouts, in training mode, with its gradient, and with a cache. Whatever else is asked for is tried on a small
-model first, so that the real one is left as it is where something is refused.
+A row that an audit found is tested before it is used. A model of full depth and small width, with changed parameters,
+is rewired to its own wiring. It must give the same results as before: in eval mode, in training mode with its dropouts,
+its gradient, and with a cache. The requested change is then tried on a small model first, so that the real model is
+unchanged if something is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spannorm.rewiring.surgery import find
 DEPTH = 4
 """Blocks of the model that is audited; one of each kind, where there are no more kinds."""
 ROUNDING = 1e-5
-"""How far logits may be off, of the largest one: a sum in another order."""
+"""The largest difference of logits that is allowed, relative to the largest one: sums may run in another order."""
 
 _KNOWN: dict[tuple[type, str], Family | InputError] = {}
 
@@ -72,7 +72,7 @@ def rehearse(
     """Rewire a small model of the same configuration first.
 
     Raises:
-        InputError: what the real model would raise, or the small one does not run afterwards.
+        InputError: the same as for the real model, or the small model does not run afterwards.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def rehearse(
 
 
 def _alias(model: PreTrainedModel) -> str | None:
-    """The family of the table whose classes a model of another name is made of."""
+    """The family in the table whose classes a model with another name uses."""
     home = type(model.base_model).__module__
     for name, row in FAMILIES.items():
         if home == f"transformers.models.{name}.modeling_{name}":
@@ -103,7 +103,7 @@ def _class(model: PreTrainedModel) -> Any:
 
 
 def plain_config(config: Any) -> Any:
-    """A copy of a configuration that says nothing of rewiring."""
+    """A copy of a configuration without `rewiring`."""
     plain = copy.deepcopy(config)
     plain.__class__ = getattr(type(plain), "adopted", type(plain))
     if hasattr(plain, "rewiring"):
@@ -112,7 +112,7 @@ def plain_config(config: Any) -> Any:
 
 
 def _small(model: PreTrainedModel, depth: int) -> Any:
-    """A model of the same class and configuration, small and drawn anew, on CPU in fp32."""
+    """A small new model of the same class and configuration, on CPU in fp32."""
     kind = _class(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,10 +124,10 @@ def _small(model: PreTrainedModel, depth: int) -> Any:
 
 
 def audited(model: PreTrainedModel) -> Family:
-    """The row that an audit finds for a model's class and configuration, whatever the table says; held to the model.
+    """The row that an audit finds for a model's class and configuration, tested on a small model. Ignores the table.
 
     Args:
-        model: nothing is run or changed in it: it may be on meta device.
+        model: it is neither run nor changed, so it may be on meta device.
 
     Raises:
         InputError: there is none.
@@ -151,10 +151,10 @@ def _logits(model: Any, inputs: Any, **more: Any) -> Tensor:
 
 
 def _hold(before: Any, row: Family) -> float:
-    """Rewire a small model to its own wiring: it must compute what it did. How far it is off, of the largest value.
+    """Rewire a small model to its own wiring: it must give the same results. Returns the largest relative difference.
 
     Raises:
-        InputError: it is off by more than rounding.
+        InputError: the difference is larger than rounding.
     """
     worst = 0.0
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -185,7 +185,7 @@ def _in_eval(model: Any) -> Tensor:
 
 
 def _in_training(model: Any) -> Tensor:
-    """The gradient of the embedding, which passes every block, with dropouts drawn alike."""
+    """The gradient of the embedding, which passes through every block, with the same dropout masks."""
     model.train()
     torch.manual_seed(2)
     logits = _logits(model, _inputs(model), use_cache=False)
@@ -196,7 +196,7 @@ def _in_training(model: Any) -> Tensor:
 
 
 def _cached(model: Any) -> Tensor:
-    """Logits of tokens that were generated with a cache, where the model can."""
+    """Logits of tokens that were generated with a cache, if the model supports one."""
     model.eval()
     if not hasattr(model, "generate") or not model.can_generate():
         return torch.zeros(1)

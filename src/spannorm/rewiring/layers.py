@@ -1,4 +1,4 @@
-"""What the pieces of a rewired model do: each class overrides the family's own on one instance."""
+"""The parts of a rewired model: each class overrides the family's own class on one instance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spannorm.shapes import State, Stream
 
 
 class FamilyNorm(Norm):
-    """The family's norm, its weights and its rounding, called like ours: add first, then normalize."""
+    """The family's norm with its weights and its rounding, but called like ours: add first, then normalize."""
 
     def add_norm(self, x: Stream, f: Stream | None, *, return_sum: bool, **scales: Any) -> Any:
         total = x if f is None else scaled_add(x, f, **scales)
@@ -35,11 +35,11 @@ class RewiredLayer:
     placement: Placement
     family: Family
     argument_names: list[str]
-    """What the family's layer calls its arguments after the hidden states; GPT-2 passes some by position."""
+    """The names of the layer's arguments after the hidden states, because GPT-2 passes some by position."""
     embedding_norm: nn.Module | None
-    """In the first layer, where the placement normalizes the embedding."""
+    """In the first layer, if the placement normalizes the embedding."""
     last_norm: nn.Module | None
-    """In the last layer, where the placement has a final norm and the family none."""
+    """In the last layer, if the placement has a final norm and the family has none."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self.argument_names, args, strict=False))
@@ -86,9 +86,9 @@ class RewiredLayer:
 
 
 class RewiredBody:
-    """The base model. Its hidden states are those of our own models, however many streams its layers carry.
+    """The base model. Its hidden states are as in our own models, for any number of streams.
 
-    `hidden_states` are what each layer's attention reads before its norm, and what the head reads: each (batch, seq,
+    `hidden_states` are the input of each layer's attention before its norm, and the head's input: each (batch, seq,
     hidden).
     """
 
@@ -118,7 +118,7 @@ class RewiredBody:
 
 
 class NormedExperts:
-    """Fused experts with one norm, shared by all, on what FFN-down reads."""
+    """Fused experts with one norm, shared by all experts, on the input of FFN-down."""
 
     config: Any
     input_norm: nn.Module

@@ -47,12 +47,12 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
     Args:
         path: a folder, or a name on the Hub.
-        kwargs: those of Transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, values of the
+        kwargs: as in Transformers' `from_pretrained` (`dtype`, `device_map`, `revision`, values of the
             configuration, a whole `config` …).
 
     Raises:
-        InputError: the checkpoint or the `config` given is not a rewired model's, its class is unknown, or its weights
-            do not fit.
+        InputError: the checkpoint or the `config` is not a rewired model's, its class is unknown, or its weights do not
+            fit.
     """
     hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
     saved, _ = PreTrainedConfig.get_config_dict(path, **hub)

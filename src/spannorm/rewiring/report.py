@@ -1,4 +1,4 @@
-"""What `rewire` says it did."""
+"""The report of `rewire`."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Rewiring:
     """Resolved."""
     num_layers: int
     kept: Mapping[str, str]
-    """Role in the placement → the family's norm that now plays it."""
+    """Role in the placement → the family's norm that now has it."""
     added: tuple[str, ...]
-    """Norms that the family does not have, by role."""
+    """New norms that the family does not have, by role."""
     dropped: tuple[str, ...]
-    """The family's norms that the placement has no use for."""
+    """The family's norms that the placement does not use."""
     final_norm: bool
     init: Init
     weights: tuple[str, ...]
     """Names of the parameters that the init changed."""
     notes: tuple[str, ...]
-    """What the family does that the placement does not know of, and what became of it."""
+    """What the family does that the placement does not have, and how it was treated."""
 
     def __str__(self) -> str:
         kept = ", ".join(f"{role} ← {name}" for role, name in self.kept.items())
@@ -54,10 +54,10 @@ class Rewiring:
 def notes_of(
     model: Any, row: Family, layer: Any, stack: Stack, own: list[str], init: Init, loaded: bool, changed: bool
 ) -> list[str]:
-    """What the report has to say beyond names of norms. The last layer stands for all.
+    """The report's remarks beyond names of norms. They are read from the last layer.
 
     Args:
-        own: the family's own norms that stand in for inner ones.
+        own: the family's own norms that replace inner norms.
         changed: whether a norm was added or dropped.
     """
     family, block, notes = model.config.model_type, layer.placement, []

@@ -23,31 +23,32 @@ def rewire(
     seed: int = 0,
     **options: Any,
 ) -> Rewiring:
-    """Put a placement into a Transformers model, in place, and say what was done.
+    """Put a placement into a Transformers model, in place, and report what was done.
 
         model = AutoModelForCausalLM.from_config(config)
         print(spannorm.rewire(model, "span", depth_rule="1/sqrt(L)"))
 
-    Each layer becomes a subclass of its own class. The family's norms move into the layer's placement by role, norms
-    of roles that the placement lacks are dropped, missing ones are added as copies with gain 1, and the final norm
-    goes where the placement has none. A new placement does not keep a pretrained function: it is for training.
+    Each layer becomes a subclass of its own class. The family's norms move into the layer's placement by role. Norms
+    whose role the placement lacks are dropped, and missing norms are added as copies with gain 1. The final norm is
+    removed if the placement has none. A new placement does not keep what a pretrained model computes: it needs
+    training.
 
     Args:
-        model: of a family in `spannorm.rewiring.FAMILIES`, or one whose wiring an audit recovers; before PEFT, FSDP or
-            `torch.compile` wrap it.
+        model: of a family in `spannorm.rewiring.FAMILIES`, or one whose wiring an audit finds. Call this before PEFT,
+            FSDP or `torch.compile` wrap the model.
         placement: a name of `spannorm.PLACEMENTS`.
         depth_rule: a name of `spannorm.depth_rule`; None means the placement's default.
-        init: `rescale` multiplies the matrices that the depth rule names, `redraw` draws all weights anew by our base
-            init `fan_in` and the depth rule, False touches none. None means `rescale`, or False on meta device (see
-            `spannorm.rewiring.redraw_`), and is refused where weights were loaded from a checkpoint.
-        seed: of `redraw`.
-        options: the placement's own.
+        init: `rescale` multiplies the matrices that the depth rule names. `redraw` draws all weights anew, by our base
+            init `fan_in` and the depth rule. False changes no weights. None means `rescale`, or False on meta device
+            (see `spannorm.rewiring.redraw_`); it is refused if weights were loaded from a checkpoint.
+        seed: the seed of `redraw`.
+        options: the placement's own options.
 
     Raises:
         InputError: a family that neither the table nor an audit knows, an unknown placement, rule or option, a
             model that is rewired already or holds loaded weights while `init` is not given, layers that share
-            parameters, a parameter that `init` has no role for (a head or an adapter of one's own), a placement
-            that this family has no place for. Whatever is raised, the model is as it was.
+            parameters, a parameter for which `init` has no role (such as your own head or adapter), a placement
+            that does not fit this family. After an error the model is as before.
     """
     _check_kind(model)
     checked(int, seed, "seed")
@@ -59,7 +60,7 @@ def rewire(
 
 
 def _check_kind(model: Any) -> None:
-    """Refuse what is no model of Transformers, and one whose folder was opened without this package."""
+    """Refuse an object that is no Transformers model, and a rewired folder that was opened without this package."""
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"rewire takes a Transformers model, not a {type(model).__name__}: rewire before you wrap it, or build "

@@ -1,4 +1,4 @@
-"""One layer at a time: which of its parts a placement takes, which it brings, and where they go."""
+"""The change of one layer: which of its parts the placement uses, which it adds, and where they go."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spannorm.roles import Fused
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model its modules back as they were where the work inside raises. Values of weights are not looked at."""
+    """If the block raises, the model gets its old modules back. Values of weights are not restored."""
     before = [
         (module, type(module), {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
@@ -38,7 +38,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def find(owner: nn.Module, path: str) -> Any:
-    """What stands at a dotted path, or None."""
+    """The object at a dotted path, or None."""
     try:
         return attrgetter(path)(owner)
     except AttributeError:
@@ -67,7 +67,7 @@ def rewire_layer(layer: Any, row: Family, block: Placement) -> None:
 
 
 def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -> set[str]:
-    """Fill the placement's norms with the layer's own by role and the rest with fresh ones; returns the former."""
+    """Fill the placement's norms by role: the layer's own, or new ones. Returns the roles of the layer's own."""
     own = {role: find(layer, path) for role, path in row.norms.items()}
     moved = {role for role in block.norms() if own.get(role) is not None}
     weight = next(layer.parameters())
@@ -83,7 +83,7 @@ def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -
 
 
 def fresh_norm(template: nn.Module, row: Family, size: int | None = None) -> nn.Module:
-    """A norm of the family's own kind with gain 1, over the stream or over `size` channels."""
+    """A new norm of the family's own kind with gain 1, over the stream or over `size` channels."""
     norm: Any = copy.deepcopy(template)
     for name, parameter in template.named_parameters():
         value = row.unit_gain if name == "weight" else 0.0

@@ -35,7 +35,7 @@ def parameter_roles(model: Any, family: Family) -> dict[str, Role | Fused]:
 
 @torch.no_grad()
 def rescale_(model: Any) -> list[str]:
-    """Multiply what the depth rule names, matrices and gains of output norms, by its factors; returns the names."""
+    """Multiply the matrices and output norms' gains that the depth rule names by its factors. Returns their names."""
     touched = []
     for k in list(known_parameters(model)):  # all are known before one is changed
         parts = k.layout.split(k.layout.matrix(k.parameter)) if len(k.layout.roles) > 1 else {k.role: k.parameter}
@@ -52,10 +52,10 @@ def rescale_(model: Any) -> list[str]:
 
 @torch.no_grad()
 def redraw_(model: Any, seed: int = 0) -> list[str]:
-    """Draw every parameter of a rewired model by our base init `fan_in` and the depth rule; returns the names.
+    """Draw every parameter of a rewired model by our base init `fan_in` and the depth rule. Returns their names.
 
-    For a model made on meta device, after `to_empty`: buffers get their values too. Each draw is seeded by (seed,
-    name), so that models which differ in placement share a body.
+    For a model made on meta device, call it after `to_empty`: buffers get their values too. The seed of each draw is
+    (seed, name), so that models which differ only in placement have the same body.
     """
     model.tie_weights()
     plan = init_plan(model)
@@ -68,7 +68,7 @@ def redraw_(model: Any, seed: int = 0) -> list[str]:
 
 
 def set_unit_gain(model: nn.Module, family: Family, classes: Collection[str]) -> None:
-    """Say beside each norm what its weight is when its gain is 1.
+    """Record in each norm the weight that means gain 1 (`unit_gain`).
 
     Args:
         classes: names of the classes of the norms in a layer's equation; norms of other classes may count otherwise.

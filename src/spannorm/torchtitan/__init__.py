@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 8 -m torchtitan.train --module spannorm.torchtitan --config llama3_8b \\
         --placement.name span --placement.depth_rule "1/sqrt(L):forward"
 
-Attention and feed-forward are torchtitan's and stay opaque; norms, skips, branch factors, init and the optimizer's
-factors are ours. `--config` takes every name of torchtitan's registries of `llama3` and `qwen3`
-(docs/torchtitan.md). Needs `pip install 'spannorm[torchtitan]'`.
+Attention and feed-forward are torchtitan's. Norms, skips, branch factors, init and the optimizer's factors are ours.
+`--config` accepts every name in torchtitan's registries of `llama3` and `qwen3` (docs/torchtitan.md). Needs
+`pip install 'spannorm[torchtitan]'`.
 """
 
 from spannorm.torchtitan.block import PlacementConfig

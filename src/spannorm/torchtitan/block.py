@@ -1,8 +1,8 @@
-"""A block of torchtitan's with a placement of ours around its two sublayers.
+"""A torchtitan block with one of our placements around its two sublayers.
 
-torchtitan builds, shards and initializes modules that are its `Module`. A placement and its norms are plain PyTorch;
-here they become torchtitan's too, each with its parameters kept whole on every process: what a placement computes, it
-computes token by token, so that it works on whatever share of the sequence a process has.
+torchtitan builds, shards and initializes only instances of its own `Module`. A placement and its norms are plain
+PyTorch; here they become torchtitan's `Module` too. Every process has their whole parameters. A placement computes
+token by token, so it works on any share of the sequence.
 """
 
 from __future__ import annotations
@@ -37,28 +37,27 @@ class PlacementConfig:
     options: str = "{}"
     """The placement's own options, as JSON: '{"initial_norm": "embedding"}'."""
     norm: str = "rmsnorm"
-    """`rmsnorm` or `layernorm`, of the placement's norms and of those at the two ends."""
+    """`rmsnorm` or `layernorm`, for the placement's norms and for those at the two ends."""
     eps: float | None = None
     """The norms' epsilon; None keeps that of torchtitan's model."""
     base_init: str = "fan_in"
-    """A name of `spannorm.scaling.BASE_INITS`: every matrix is drawn by its role."""
+    """A name of `spannorm.scaling.BASE_INITS`. A matrix's role decides its std."""
     initializer_range: float = 0.02
     """The σ of `base_init="normal"`."""
     init_seed: int | None = None
-    """None: torchtitan's random numbers, drawn on the device. A number: the numbers that our Hugging Face model with
-    this `init_seed` draws, on the CPU of every process (about 10 s per 10^9 parameters)."""
+    """None: torchtitan's random numbers, drawn on the device. A number: the same values as our Hugging Face model with
+    this `init_seed`, drawn on the CPU of every process (about 10 s per 10^9 parameters)."""
     embedding_multiplier: float | None = None
-    """What the embedding is multiplied with. None: √d where it is tied to the head and drawn with std d^-1/2; else
-    1."""
+    """A factor on the embedding. None: √d if it is tied to the head and drawn with std d^-1/2, otherwise 1."""
     decay_matrices_only: bool = True
-    """Weight decay leaves norms, biases, learned gains and embeddings alone. False: it falls where torchtitan's
-    optimizer groups let it fall."""
+    """True: norms, biases, learned gains and embeddings have no weight decay. False: torchtitan's optimizer groups
+    decide."""
 
     def stack(self, num_layers: int, eps: float) -> Stack:
-        """The placements of a model of so many blocks.
+        """The placements of a model with `num_layers` blocks.
 
         Args:
-            eps: that of torchtitan's model, where none is given.
+            eps: torchtitan's epsilon, which is used if none is configured.
 
         Raises:
             InputError: an unknown placement, rule, norm or option; options that are not a JSON object.
@@ -74,17 +73,17 @@ class PlacementConfig:
 
 
 def whole(module: nn.Module, sequence_parallel: bool) -> ShardingConfig:
-    """Every parameter of a module whole on every process of a tensor-parallel group.
+    """Every process of a tensor-parallel group has all parameters of a module, not sharded.
 
-    Where the processes share the sequence, each has a part of the gradient and FSDP adds them up (torchtitan's `R`);
-    otherwise all have the whole gradient (`I`).
+    If the processes share the sequence, each has a part of the gradient, and FSDP adds the parts (torchtitan's `R`).
+    Otherwise each has the whole gradient (`I`).
     """
     layout = dense_param_placement(tp=spmd.R if sequence_parallel else spmd.I)
     return ShardingConfig(state_shardings={name: layout for name, _ in module.named_parameters(recurse=False)})
 
 
 def as_titan(module: nn.Module, sequence_parallel: bool) -> Any:
-    """Let torchtitan shard and initialize a module of ours and all that it holds, in place."""
+    """Let torchtitan shard and initialize a module of ours and its children, in place."""
     for part in module.modules():
         if not isinstance(part, Module):
             adopt(part, Module)
@@ -100,12 +99,12 @@ def end_norm(stack: Stack, dim: int) -> Any:
 
 
 def no_norm() -> Any:
-    """Where a stack has no final norm."""
+    """Replaces the final norm if a stack has none."""
     return Identity.Config()
 
 
 class PlacedBlock(TransformerBlock):
-    """A placement around torchtitan's attention and its feed-forward or experts. It knows neither."""
+    """A placement around torchtitan's attention and its feed-forward or experts."""
 
     placement: Placement
 
@@ -138,7 +137,7 @@ class PlacedBlock(TransformerBlock):
     def forward(
         self, x: Tensor, attention_masks: AttentionMasksType | None, positions: torch.Tensor | None = None
     ) -> Tensor:
-        """The state that the blocks carry → the next one: (batch, seq, hidden), of several streams one axis more."""
+        """The state that the blocks carry → the next one: (batch, seq, hidden), or (batch, seq, n, hidden)."""
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         ffn = self.moe if self.moe_enabled else self.feed_forward

@@ -1,4 +1,4 @@
-"""What `--config` takes: every configuration of torchtitan's registries of `llama3` and `qwen3`, by its own name."""
+"""The names for `--config`: every configuration in torchtitan's registries of `llama3` and `qwen3`."""
 
 from __future__ import annotations
 

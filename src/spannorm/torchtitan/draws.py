@@ -1,4 +1,4 @@
-"""The first values of a placed model: our plan, as torchtitan's `param_init`."""
+"""The initial values of a model with a placement: our plan, as torchtitan's `param_init`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROLES: Roles = {
 
 @dataclass(frozen=True)
 class Heads:
-    """The sizes of attention that an order of rows depends on."""
+    """The sizes of attention on which the order of rows depends."""
 
     queries: int
     keys: int
     channels: int
     pairs: bool
-    """Whether RoPE turns neighbouring channels."""
+    """Whether RoPE rotates pairs of neighbouring channels."""
 
     @property
     def fused(self) -> Fused:
@@ -39,7 +39,7 @@ class Heads:
 
 
 def plan_draws(model: Any, heads: Heads, **base: Any) -> dict[str, Draw]:
-    """How every parameter is to be drawn, by torchtitan's names; works on meta device."""
+    """How every parameter must be drawn, by torchtitan's names. Works on meta device."""
     return init_plan(model, roles={**ROLES, "wqkv": heads.fused}, **base)
 
 
@@ -81,7 +81,7 @@ def _constant(mean: float | Tensor, parameter: Tensor) -> None:
 
 @torch.no_grad()
 def _random(draw: Draw, parameter: Tensor) -> None:
-    """Like torchtitan's own inits: a sharded parameter draws the same numbers as a whole one."""
+    """As in torchtitan's own inits, a sharded parameter has the same values as a whole one."""
 
     def fill(tensor: Tensor, sigma: float) -> Tensor:
         if draw.cut is None:

@@ -1,4 +1,4 @@
-"""Between a run of torchtitan's and a folder of our Hugging Face model."""
+"""Conversion between a torchtitan run and a folder of our Hugging Face model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StateDictAdapter(TitanAdapter):
     """Weights by torchtitan's names ↔ by those of `SpanNormForCausalLM`, sharded or whole."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """torchtitan → Hugging Face. Balancing biases of routers have no place there and are left out, with a word."""
+        """torchtitan → Hugging Face. Routers' balancing biases do not exist there: they are left out, with a notice."""
         heads, tied = heads_of(self.model_config), self.model_config.enable_weight_tying  # type: ignore[attr-defined]
         found: dict[str, Any] = {}
         for name, value in state_dict.items():
@@ -67,7 +67,7 @@ def _warn_of_bias(name: str, value: torch.Tensor) -> None:
 
 
 def hugging_face_config(config: Any) -> dict[str, Any]:
-    """The `config.json` that `SpanNormConfig` reads, for a placed configuration of ours.
+    """The `config.json` for `SpanNormConfig`, from a configuration of ours with a placement.
 
     Raises:
         InputError: RoPE or routing that the Hugging Face model does not have.

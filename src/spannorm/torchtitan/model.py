@@ -1,4 +1,4 @@
-"""torchtitan's Llama 3 and Qwen 3 with any placement: its models, whose blocks, two ends and init are ours."""
+"""torchtitan's Llama 3 and Qwen 3 with any placement. Blocks, both ends and init are ours; the rest is torchtitan's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Factors = tuple[float, float, float]
 
 
 class ScaledEmbedding(Embedding):
-    """torchtitan's embedding, times a constant."""
+    """torchtitan's embedding, multiplied by a constant."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Embedding.Config):
@@ -41,7 +41,7 @@ class ScaledEmbedding(Embedding):
 
 
 class _Placed:
-    """What the two models share."""
+    """Common part of the two models."""
 
     config: Any
 
@@ -118,10 +118,10 @@ class Qwen3(_Placed, Qwen3Model):
 
 
 def as_ours(config: Any) -> Any:
-    """The configuration of one of torchtitan's models → that of ours, not yet placed.
+    """A configuration of torchtitan's → our configuration, without a placement yet.
 
     Raises:
-        InputError: a model whose blocks are not known.
+        InputError: a model with unknown blocks.
     """
     for theirs, ours in ((Llama3Model, Llama3), (Qwen3Model, Qwen3)):
         if isinstance(config, ours.Config):
@@ -135,11 +135,11 @@ def place(config: Any, chosen: PlacementConfig) -> Any:
     """A configuration of torchtitan's Llama 3 or Qwen 3 with a placement: build it, or train it.
 
     Args:
-        config: as one of torchtitan's flavors has it. Its attention, feed-forward and experts stay as they are, its
-            `param_init` is replaced.
+        config: one of torchtitan's flavors. Its attention, feed-forward and experts do not change; its `param_init` is
+            replaced.
 
     Raises:
-        InputError: what the placement or the model cannot do.
+        InputError: a setting that the placement or the model does not support.
     """
     ours = copied(config, type(as_ours(config)), layers=list(config.layers))
     lay_out(ours, chosen)
@@ -174,7 +174,7 @@ def lay_out(config: Any, chosen: PlacementConfig) -> None:
 
 
 def embedding_scale(config: Any) -> float:
-    """What the embedding is multiplied with on input; the rule is that of `SpanNormConfig`."""
+    """The factor on the embedding at the input, by the same rule as in `SpanNormConfig`."""
     chosen = config.placement
     if chosen.embedding_multiplier is not None:
         return float(chosen.embedding_multiplier)
@@ -183,7 +183,7 @@ def embedding_scale(config: Any) -> float:
 
 
 def before_sharding(config: Any, trainer: Any) -> None:
-    """Lay the trainer's placement out, and refuse what it cannot share out."""
+    """Build the trainer's placements, and refuse settings whose work cannot be split over processes."""
     if not isinstance(config.layers[0], PlacedBlock.Config):
         lay_out(config, getattr(trainer, "placement", None) or config.placement or PlacementConfig())
     parallelism, stack = trainer.parallelism, config.layers[0].stack
@@ -203,7 +203,7 @@ def before_sharding(config: Any, trainer: Any) -> None:
 
 
 def shard(config: Any, parallelism: Any) -> None:
-    """Say how the norms that a placement adds are kept, where torchtitan has said it for its own."""
+    """Set how the norms that a placement adds are sharded, if torchtitan has set it for its own."""
     sequence = parallelism.enable_sequence_parallel
     for layer in config.layers:
         layer.sequence_parallel = sequence

@@ -1,8 +1,8 @@
 """Parameters of a placed model by torchtitan's names and by those of our Hugging Face model.
 
-Beyond names two things differ. torchtitan's Llama turns neighbouring channels of a head in RoPE where Hugging Face
-turns channel i with channel i + half: rows of q and k, and gains over their channels, change their order. And it keeps
-the experts' gate and up matrices apart, which Hugging Face stacks.
+Two other things differ. In RoPE, torchtitan's Llama rotates neighbouring channels of a head together, and Hugging Face
+rotates channel i with channel i + half. So rows of q and k, and gains over their channels, change their order. And
+torchtitan has separate gate and up matrices of the experts, which Hugging Face stacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TITAN = (
     (r"\.mlp\.", ".feed_forward."),
 )
 TURNED = re.compile(r"\.attention\.(?:qkv_linear\.w[qk]|[qk]_norm)\.")
-"""What RoPE's order of channels concerns."""
+"""Parameters for which RoPE's order of channels matters."""
 
 
 def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
@@ -58,12 +58,12 @@ def hugging_face_name(name: str) -> str:
 
 
 def titan_name(name: str) -> str:
-    """The way back; of the experts' stacked gate and up matrices the name of the first."""
+    """The reverse. For the experts' stacked gate and up matrices, the name of the first."""
     return _renamed(name, _TITAN)
 
 
 def _here(value: Any) -> Any:
-    """A sharded tensor as a whole one on every process: rows are about to change places."""
+    """A sharded tensor as a whole one on every process, because its rows will change places."""
     if isinstance(value, DTensor):
         return value.redistribute(placements=[Replicate()] * value.device_mesh.ndim)
     return value
@@ -77,7 +77,7 @@ def to_halves(value: Tensor, head_dim: int) -> Tensor:
 
 
 def to_pairs(value: Tensor, head_dim: int) -> Tensor:
-    """The way back."""
+    """The reverse."""
     value = _here(value)
     tail = value.shape[1:]
     return value.reshape(-1, 2, head_dim // 2, *tail).transpose(1, 2).reshape(-1, *tail).contiguous()

@@ -27,11 +27,11 @@ from spannorm.torchtitan.block import PlacementConfig
 from spannorm.torchtitan.tokens import TokenDataLoader
 from spannorm.torchtitan.trainer import Trainer, with_placement
 
-_LATER = {"weight": skip_param_init}  # the placement's plan takes its place
+_LATER = {"weight": skip_param_init}  # the placement's plan replaces it
 
 
 def dense_model(m: Mapping[str, Any], attn_backend: str = "flex") -> Qwen3Model.Config:
-    """torchtitan's Qwen 3, dense, of the sizes of a configuration of ours. Its RoPE has Hugging Face's order."""
+    """torchtitan's dense Qwen 3 with the sizes of a configuration of ours. Its RoPE has Hugging Face's order."""
     dim, heads, eps = m["hidden_size"], m["num_attention_heads"], m["rms_norm_eps"]
     channels = m["head_dim"] or dim // heads
 
@@ -73,13 +73,13 @@ def dense_model(m: Mapping[str, Any], attn_backend: str = "flex") -> Qwen3Model.
 def from_recipe(
     *, name: str, model: Mapping[str, Any], train: Mapping[str, Any], data: str, attn_backend: str = "flex"
 ) -> Trainer.Config:
-    """torchtitan's configuration of a recipe.
+    """torchtitan's configuration for a recipe.
 
     Args:
         model: keys of `SpanNormConfig`, all those that `--print-torchtitan` prints.
         train: keys of `TrainRecipe`.
         data: the folder of the tokens.
-        attn_backend: torchtitan's: `flex` or `varlen`.
+        attn_backend: torchtitan's name, `flex` or `varlen`.
     """
     t = train
     decays = {"cosine": {"decay_type": "cosine"}, "wsd": {"decay_type": "linear", "decay_ratio": t["decay_fraction"]}}

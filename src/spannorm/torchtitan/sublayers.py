@@ -1,6 +1,6 @@
-"""Norms inside torchtitan's attention and feed-forward, for the placements that declare them.
+"""Norms inside torchtitan's attention and feed-forward, for placements that need them.
 
-torchtitan's own forward runs; where it calls a projection, the projection and its norms answer as one.
+torchtitan's own forward runs. When it calls a projection, the call includes the projection's norms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spannorm.placements import Stack
 
 
 class _Instead:
-    """A sublayer, except that some of its children answer otherwise."""
+    """A sublayer in which some children are replaced."""
 
     def __init__(self, sublayer: Any, answers: Mapping[str, Callable[..., Any]]) -> None:
         self.sublayer, self.answers = sublayer, answers
@@ -37,8 +37,8 @@ class _Instead:
 def _titan(norm: nn.Module) -> Any:
     """A norm inside a sublayer, as a module of torchtitan's.
 
-    Under tensor parallelism a process has some of the heads: a gain that all heads share is whole everywhere, with a
-    part of its gradient each, and of a gain per head each has its heads'.
+    Under tensor parallelism a process has some of the heads. If all heads share a gain, each process has the whole gain
+    and a part of its gradient. If each head has a gain, each process has the gains of its heads.
     """
     adopt(norm, Module)
     layout = dense_param_placement(tp=spmd.S(0) if isinstance(norm, HeadScale) else spmd.R)
@@ -48,7 +48,7 @@ def _titan(norm: nn.Module) -> Any:
 
 
 def over_width(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A norm over all channels, of which a process may have a share as a DTensor: gathered, normed, shared out."""
+    """A norm over all channels. A process may have a share of them as a DTensor: gather, normalize, shard again."""
     if not isinstance(x, DTensor):
         return norm(x)
     gathered = [Replicate() if p.is_shard(x.ndim - 1) or p.is_shard(-1) else p for p in x.placements]
@@ -79,7 +79,7 @@ class NormedAttention(GQAttention):
         self, x_BLD: Tensor, attention_masks: AttentionMasksType | None, positions: Tensor | None = None
     ) -> Tensor:
         return GQAttention.forward(
-            # its own q_norm and k_norm it would use in its own way: per head
+            # torchtitan would apply its own q_norm and k_norm per head
             _Instead(self, {"qkv_linear": self._qkv, "wo": self._out, "q_norm": None, "k_norm": None}),  # type: ignore[arg-type, dict-item]
             x_BLD, attention_masks, positions,
         )  # fmt: skip
@@ -106,7 +106,7 @@ class NormedAttention(GQAttention):
 
 
 class NormedFeedForward(FeedForward):
-    """torchtitan's feed-forward, with a norm on what its down projection reads."""
+    """torchtitan's feed-forward, with a norm on the input of its down projection."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FeedForward.Config):
@@ -121,7 +121,7 @@ class NormedFeedForward(FeedForward):
 
 
 def copied(config: Any, kind: Any, **more: Any) -> Any:
-    """A configuration as one of another class, field by field."""
+    """A configuration converted to another class, field by field."""
     own = {f.name for f in fields(kind)}
     return kind(**{**{f.name: getattr(config, f.name) for f in fields(config) if f.name in own}, **more})
 
@@ -132,7 +132,7 @@ def attention(config: Any, stack: Stack, inner: Mapping[str, str]) -> Any:
     if not roles:
         return config
     if config.qk_norm is not None and {"q", "k"} & {*roles}:
-        # what a placement norms, it norms in its own way, whatever the model's own QK norm
+        # a placement with its own norms on q and k replaces the model's QK norm
         config = copied(config, type(config), qk_norm=None)
     return copied(config, NormedAttention.Config, stack=stack, inner=roles)
 

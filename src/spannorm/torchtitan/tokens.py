@@ -1,4 +1,4 @@
-"""torchtitan's data loader over a folder that `spannorm data` wrote, in the order of a run of ours."""
+"""torchtitan's data loader for a folder that `spannorm data` wrote, in the same order as our own run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spannorm.files import read_json
 
 
 class Sequences(IterableDataset[Any]):
-    """This process's share of the sequences, epoch after epoch, each in another order that (seed, epoch) fixes.
+    """This process's share of the sequences, epoch after epoch. The order of an epoch depends only on (seed, epoch).
 
-    A batch of all processes holds consecutive sequences of the one order, so that a step sees what a step of ours sees.
-    The last position of a sequence predicts nothing, as in our model.
+    The batches of all processes together hold consecutive sequences of that order. So a step sees the same sequences as
+    a step of our own run. The last position of a sequence predicts nothing, as in our model.
     """
 
     def __init__(self, folder: Path, length: int, seed: int, batch: int, rank: int, count: int) -> None:
@@ -34,14 +34,14 @@ class Sequences(IterableDataset[Any]):
         self.seen = 0  # sequences of this process
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        order, of = np.empty(0, np.int64), -1
+        order, order_epoch = np.empty(0, np.int64), -1
         while True:
             batches, within = divmod(self.seen, self.batch)
             item = (batches * self.count + self.rank) * self.batch + within
             epoch, place = divmod(item, self.windows)
-            if epoch != of:
+            if epoch != order_epoch:
                 draw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.windows)
-                order, of = np.argsort(draw, kind="stable"), epoch
+                order, order_epoch = np.argsort(draw, kind="stable"), epoch
             start = int(order[place]) * self.length
             ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
             self.seen += 1
@@ -56,7 +56,7 @@ class Sequences(IterableDataset[Any]):
 
 
 class TokenDataLoader(ParallelAwareDataloader):
-    """Tokens of ours for torchtitan; resumes where a checkpoint says."""
+    """Our tokens for torchtitan. It resumes from a checkpoint."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ParallelAwareDataloader.Config):

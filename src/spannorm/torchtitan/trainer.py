@@ -1,4 +1,4 @@
-"""torchtitan's trainer with one more section, `placement`, and what a placement asks of the optimizer."""
+"""torchtitan's trainer with one more section, `placement`, and the optimizer groups that a placement needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spannorm.torchtitan.sublayers import copied
 
 
 class Optimizers(OptimizersContainer):
-    """torchtitan's, with each group split by what the depth rule multiplies rate, decay and Adam's ε with."""
+    """torchtitan's optimizers. Each group is split by the depth rule's factors on rate, decay and Adam's ε."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
@@ -61,12 +61,12 @@ def _split(group: dict[str, Any], factors: dict[str, tuple[float, float, float]]
 
 
 def _defaults(key: str) -> float:
-    """What AdamW takes where a group does not say."""
+    """AdamW's value for groups that do not set one."""
     return {"lr": 1e-3, "weight_decay": 1e-2, "eps": 1e-8}[key]
 
 
 class Trainer(TitanTrainer):
-    """torchtitan's trainer. A run with `checkpoint.last_save_in_hf` ends in a folder for `from_pretrained`."""
+    """torchtitan's trainer. A run with `checkpoint.last_save_in_hf` ends with a folder for `from_pretrained`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(TitanTrainer.Config):
@@ -86,12 +86,12 @@ class Trainer(TitanTrainer):
 
 
 def placed_spec(spec: ModelSpec) -> ModelSpec:
-    """A model of torchtitan's for our trainer: the same sizes and parallelisms, the placement still to be chosen."""
+    """A torchtitan model for our trainer: the same sizes and parallelisms, without a placement yet."""
     return replace(spec, name=f"spannorm_{spec.name}", model=as_ours(spec.model), state_dict_adapter=StateDictAdapter)
 
 
 def with_placement(config: TitanTrainer.Config, placement: PlacementConfig | None = None) -> Trainer.Config:
-    """A configuration of torchtitan's for our trainer, with a placement (`span` where none is given)."""
+    """A torchtitan configuration for our trainer, with a placement (`span` if none is given)."""
     assert config.model_spec is not None
     more: dict[str, Any] = {"model_spec": placed_spec(config.model_spec), "placement": placement or PlacementConfig()}
     if type(config.optimizer) is OptimizersContainer.Config:

@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or not used: each is sealed with the fingerprints of its files when all are written.
+"""Checkpoints that are complete, or not used. When all files are written, a seal with their hashes is added.
 
-`checkpoints.json` lists those that the run has begun to write. Only these are ever removed: a copy of a checkpoint, or
-another run's, is somebody's and stays.
+`checkpoints.json` lists the checkpoints that the run has begun to write. Only these are ever removed. A copy of a
+checkpoint, or another run's checkpoint, stays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sealer(TrainerCallback):
 
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as complete: its step, and the size and SHA-256 of each of its files."""
-    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # Trainer's, a pickle that nobody reads
+    (checkpoint / "training_args.bin").unlink(missing_ok=True)  # Trainer's, a pickle that is never read
     files = {name: fingerprint(checkpoint / name) for name in files_of(checkpoint)}
     write_json(checkpoint / SEAL, {"step": step_of(checkpoint), "files": files})
 
@@ -60,7 +60,7 @@ def begin(checkpoint: Path) -> None:
     """List a checkpoint that is about to be written.
 
     Raises:
-        InputError: somebody else's folder, or a symbolic link, is in its place.
+        InputError: a folder that this run did not write, or a symbolic link, is in its place.
     """
     names = listed(checkpoint.parent)
     if os.path.lexists(checkpoint) and (checkpoint.name not in names or checkpoint.is_symlink()):
@@ -78,7 +78,7 @@ def listed(folder: Path) -> list[str]:
 
 
 def rotate(folder: Path, keep: int = KEPT) -> None:
-    """Remove the run's own sealed checkpoints but for the latest, by their steps: a clock may be wrong."""
+    """Remove the run's own sealed checkpoints except the latest. Their steps decide, because a clock may be wrong."""
     names = listed(folder)
     sealed = sorted((folder / name for name in names if _sealed(folder / name)), key=step_of, reverse=True)
     _remove(folder, sealed[keep:])
@@ -119,7 +119,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What has happened to a sealed checkpoint since, naming the file; None where nothing has."""
+    """What changed in a sealed checkpoint, with the name of the file; None if nothing did."""
     try:
         sealed = read_json(checkpoint / SEAL, {"files": {str: {"bytes": int, "sha256": str}}})["files"]
     except InputError:
@@ -143,9 +143,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The latest sound checkpoint of a run; its later ones, cut short by a kill or damaged since, are removed.
+    """The latest undamaged checkpoint of a run. Later ones that are incomplete or damaged are removed.
 
-    A checkpoint from before there was a list is read, and not removed.
+    A checkpoint from a version without a list is read, and not removed.
 
     Raises:
         InputError: there are sealed checkpoints, and every one is damaged.
@@ -172,7 +172,7 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def check_way(folder: Path, after: int, every: int, last: int) -> None:
-    """Refuse, before any time is spent, what stands where a checkpoint of steps beyond `after` will be written."""
+    """Refuse, before training starts, files in the place of a future checkpoint (of a step after `after`)."""
     names = listed(folder)
     for path in folder.glob("checkpoint-*"):
         if _NAME.fullmatch(path.name) and path.name not in names:
@@ -197,10 +197,10 @@ def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
 
 
 def check_config(checkpoint: Path, config: SpanNormConfig) -> None:
-    """Refuse a checkpoint whose model is another than `config` describes.
+    """Refuse a checkpoint whose model differs from `config`.
 
     Raises:
-        InputError: names every key that differs, with both values; or the parameters have the names of 0.1.
+        InputError: names every key that differs, with both values; or the parameters have the names of version 0.1.
     """
     there = SpanNormConfig.from_pretrained(checkpoint).to_dict()
     differs = [

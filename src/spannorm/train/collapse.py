@@ -1,4 +1,4 @@
-"""How far a trained model has collapsed: the rank of its streams, and what each block is still good for."""
+"""How far a trained model has collapsed: the rank of its streams, and what each block still contributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from spannorm.probes import block_skip_costs, depth_use, measure
 
 PARTS = {"batches": 2, "fit": 4}
-"""Batches that the use of depth is measured on, at a pass per block and measure, and that linear maps are fitted on."""
+"""Batches for the use of depth (one pass per block and measure), and batches for the fit of linear maps."""
 
 
 def collapse(
@@ -24,10 +24,10 @@ def collapse(
 
     Returns:
         By point (embedding, then after each block): `effective_rank`, `token_cosine`. By block: `layer_cosine`, and
-        `skip_cost`, the rise of the loss in nats per token when the block is skipped. `spectrum`: singular values of
-        what the last block returns, as shares of the largest. Of the use of depth (`spannorm.probes.DepthUse`), on the
-        first of the sequences: by block `angular_distance`, `usefulness`, `causal`, the mean of its scores on later
-        blocks, and `permutation` with the next; by point `logit_lens`, `jacobian`.
+        `skip_cost`, how much the loss increases, in nats per token, if the block is skipped. `spectrum`: singular
+        values of the last block's output, divided by the largest. From the use of depth (`spannorm.probes.DepthUse`),
+        on the first sequences: by block `angular_distance`, `usefulness`, `causal` (the mean of its scores on later
+        blocks) and `permutation` with the next block; by point `logit_lens`, `jacobian`.
     """
     training, device = model.training, next(model.parameters()).device
     batches = torch.stack(list(sequences)).to(device).split(batch_size)

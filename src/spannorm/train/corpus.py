@@ -1,4 +1,4 @@
-"""Where the text comes from: a stream of documents out of local files, one at a time."""
+"""Where the text comes from: documents from local files, one at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TEXT_SUFFIXES = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
     *(".jl", ".r", ".sh", ".sql"),
 )
-"""Plain text, UTF-8: a file is a document, or holds many ended by `data.document_separator`."""
+"""Plain text, UTF-8. A file is one document, or holds several that end with `data.document_separator`."""
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
 STDLIB_FOLDERS_LEFT_OUT = ("test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__")
-"""Tests, an editor, and what is not the standard library at all."""
+"""Tests, an editor, and packages that do not belong to the standard library."""
 STDLIB_FILES_LEFT_OUT = re.compile(
     # 70 code pages generated from mapping tables: the same few lines around another table of 256 rows. The
     # codecs cp932, cp949 and cp950 are not among them.
@@ -41,23 +41,23 @@ _ROWS = 1024  # read at a time from a parquet file
 def documents(recipe: DataRecipe) -> Iterator[str]:
     """Yield the documents of `recipe.corpus`, one at a time, in the order of the sorted paths.
 
-    `stdlib` is every `.py` file of the running Python's standard library, but for `STDLIB_FOLDERS_LEFT_OUT` and
+    `stdlib` is every `.py` file of the running Python's standard library, except `STDLIB_FOLDERS_LEFT_OUT` and
     `STDLIB_FILES_LEFT_OUT`: 10.0 MB in Python 3.11. `packages` is the source of pinned packages, fetched once
     (`spannorm.train.packages`). Anything else is a local file, or a folder that is searched with all its
-    subfolders; there, hidden files and suffixes other than `SUFFIXES` are passed over. JSONL holds one object per
+    subfolders; there, hidden files and suffixes other than `SUFFIXES` are ignored. JSONL holds one object per
     line. Line ends of text files become a newline, and a byte-order mark is dropped, so that a corpus is the same
     text on every system. A document that is empty, null or blank is dropped.
 
-    Raises `InputError` when the corpus is missing, holds nothing readable, is not UTF-8, or lacks
-    `data.text_field`: at the file concerned, so only a whole pass proves a corpus sound.
+    Raises `InputError` if the corpus is missing, holds nothing readable, is not UTF-8, or lacks `data.text_field`. The
+    error comes when the file is read, so only a complete pass shows that a corpus has no error.
     """
     yield from (text for _, text in placed_documents(recipe))
 
 
 def placed_documents(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
-    """`documents`, each with the split that the corpus puts it in: empty where it leaves that to `prepare_data`.
+    """`documents`, each with its split if the corpus decides it, and otherwise an empty text: `prepare_data` decides.
 
-    Raises `InputError` as `documents` does, and for a share of `packages` to hold out, which its lock decides.
+    Raises `InputError` as `documents` does, and if a held-out share of `packages` is given: its lock decides that.
     """
     for split, text in _from_packages(recipe) if recipe.corpus == "packages" else _from_files(recipe):
         if text and not text.isspace():
@@ -92,7 +92,7 @@ def _from_files(recipe: DataRecipe) -> Iterator[tuple[str, str]]:
 
 
 def left_out(recipe: DataRecipe) -> str:
-    """What a folder holds that is no document, in words: nothing is left out in silence. Empty where all was read."""
+    """The files of a folder that were not read, in words, so that the user knows. Empty if all were read."""
     root = Path(recipe.corpus)
     if recipe.corpus in ("stdlib", "packages") or not root.is_dir():
         return ""
@@ -180,7 +180,7 @@ def _jsonl(path: Path, recipe: DataRecipe) -> Iterator[str]:
                 raise InputError(f"{where}: {recipe.text_field!r} must be text; got {type(text).__name__}.")
             try:
                 (text or "").encode()
-            except UnicodeEncodeError:  # JSON can spell what UTF-8 cannot hold
+            except UnicodeEncodeError:  # JSON can hold characters that UTF-8 cannot
                 raise InputError(f"{where}: the text has half a surrogate pair: mend or drop it.") from None
             yield text or ""
 

@@ -1,4 +1,4 @@
-"""Tokens on disk: prepared once, whole or not at all, and opened as memory maps."""
+"""Tokens on disk: prepared once, completely or not at all, and opened as memory maps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPLITS = ("train", "validation", "test")
 _DESCRIPTION = "data.json"
 _TOKENS = 1 << 22  # counted at a time
 CHECKED = 1 << 30
-"""Bytes of token files up to which they are read once more before a run: a second or two."""
+"""Token files of at most this many bytes are read once more before a run, which takes a second or two."""
 _DTYPES = ("uint16", "uint32")
 _SPLIT = {"tokens": int, "documents": int, "bytes": int, "sha256": str}
 _SHAPE = {
@@ -43,13 +43,13 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Split:
-    """What one token file holds."""
+    """The content of one token file."""
 
     tokens: int
-    """End-of-document tokens included."""
+    """With the end-of-document tokens."""
     documents: int
     bytes: int
-    """Of the documents as UTF-8 text."""
+    """Size of the documents as UTF-8 text."""
     sha256: str
     """Of the token file."""
 
@@ -58,10 +58,10 @@ class Split:
 class TokenData:
     """A folder of tokens: `train.bin`, `validation.bin`, `test.bin`, `tokenizer/` and `data.json`.
 
-    A token file is a row of little-endian integers of `dtype`; every document is followed by the token
-    `end_of_document`. `sha256` covers the tokens of all splits: runs that share it saw the same data.
-    `corpus_sha256` covers the distinct documents, whatever their order and tokenizer, and `duplicates`
-    counts those that were dropped.
+    A token file is a sequence of little-endian integers of `dtype`; after every document comes the token
+    `end_of_document`. `sha256` covers the tokens of all splits: runs with the same hash saw the same data.
+    `corpus_sha256` covers the distinct documents, for any order and tokenizer. `duplicates` counts the documents that
+    were dropped.
     """
 
     directory: Path
@@ -78,8 +78,8 @@ class TokenData:
     def open(cls, directory: str | Path) -> TokenData:
         """Open data that `prepare_data` wrote.
 
-        Raises `InputError` when there is none, or a file is unreadable or not as long as it was. The tokens
-        themselves are not read, so bytes changed in place go unseen.
+        Raises `InputError` if there is none, or if a file is unreadable or has another length. The tokens themselves
+        are not read, so this does not notice bytes that were changed in place.
         """
         directory = Path(directory)
         again = f"delete the folder {directory} and prepare the data again."
@@ -107,9 +107,9 @@ class TokenData:
         return data
 
     def check(self) -> None:
-        """Read the token files, up to `CHECKED` bytes in all, and the tokenizer: now, not at a run's last step.
+        """Read the token files (if they have at most `CHECKED` bytes) and the tokenizer, so that errors come early.
 
-        Raises `InputError` for bytes that are not those that were written, and a tokenizer that is damaged.
+        Raises `InputError` for bytes that changed, and for a damaged tokenizer.
         """
         again = f"delete the folder {self.directory} and prepare the data again."
         paths = {name: self.directory / f"{name}.bin" for name in self.splits}
@@ -122,7 +122,7 @@ class TokenData:
             tokenizer = self.tokenizer()
             same = max(tokenizer.get_vocab().values()) + 1 == self.vocab_size
             same = same and tokenizer.eos_token_id == self.end_of_document
-        except Exception as error:  # the parsers behind it raise nearly every kind
+        except Exception as error:  # its parsers raise many kinds of errors
             reason = line(next(iter(str(error).strip().splitlines()), type(error).__name__))
             raise InputError(f"{self.directory / 'tokenizer'} is not readable ({reason}): {again}") from None
         if not same:
@@ -140,7 +140,7 @@ class TokenData:
         return np.memmap(self.directory / f"{split}.bin", _on_disk(self.dtype), mode="r", shape=shape)
 
     def documents(self, split: str) -> Iterator[str]:
-        """The texts of a split, decoded: exact under `bytes` and `bpe`, else as far as the tokenizer keeps them."""
+        """The texts of a split, decoded. Exact for `bytes` and `bpe`; other tokenizers may lose characters."""
         tokens, tokenizer = self.tokens(split), self.tokenizer()
         start = 0
         for end in np.flatnonzero(tokens == self.end_of_document):
@@ -148,18 +148,18 @@ class TokenData:
             start = int(end) + 1
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer the data was made with."""
+        """The tokenizer that made the data."""
         return AutoTokenizer.from_pretrained(self.directory / "tokenizer", trust_remote_code=False)
 
     def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of text per token; nats per token divided by (this · ln 2) are bits per byte."""
+        """UTF-8 bytes of text per token. Bits per byte are nats per token divided by (this · ln 2)."""
         return self.split(split).bytes / self.split(split).tokens
 
     def unigram_loss(self, split: str = "validation") -> float:
         """Cross-entropy of a split, in nats per token, under the unigram frequencies of the training tokens.
 
-        Every count is raised by one, so that a token not seen in training costs a finite amount. A model
-        that is not well below this has learned no more than which tokens are frequent.
+        One is added to every count, so that a token that training never saw has a finite loss. If a model is not
+        clearly below this value, it has learned only which tokens are frequent.
         """
         frequency = self._counts("train") + 1
         seen = self._counts(split)
@@ -174,21 +174,19 @@ class TokenData:
 
 
 def prepare_data(recipe: DataRecipe, directory: str | Path, *, same_corpus: bool = False) -> TokenData:
-    """Turn the corpus into tokens in `directory`, or open what an equal recipe left there.
+    """Turn the corpus into tokens in `directory`, or open the data of an equal recipe there.
 
-    Exact duplicates are dropped. The split goes by document: in the order of the SHA-256 of their text, the first
-    documents go to validation until they reach `validation_fraction` of all bytes, the next to test likewise, the
-    rest to train. So a document's split depends on the texts alone, not on file names. The corpus `packages` is
-    split by package instead; a text that several splits have goes to train. Within a split the documents keep the
-    order of the corpus. No document is held longer than it takes to encode.
+    Exact duplicates are dropped. Documents are split in the order of the SHA-256 of their text: the first go to
+    validation until they reach `validation_fraction` of all bytes, the next to test in the same way, the rest to
+    train. So a document's split depends on the texts alone, not on file names. The corpus `packages` is split by
+    package instead; a text that is in several splits goes to train. Within a split the documents keep the order of the
+    corpus. A document is in memory only while it is encoded.
 
-    The folder appears whole or not at all. Data that is there already is checked (`TokenData.check`); the corpus
-    is read again with `same_corpus` alone: an equal recipe does not prove that its files, or the Python whose
-    library it is, are still the same.
+    The folder appears complete or not at all. Existing data is checked (`TokenData.check`). The corpus is read again
+    only with `same_corpus`, because with an equal recipe its files, or Python's own library, may still have changed.
 
-    Raises `InputError` as `documents` and `load_tokenizer` do, before anything is written; for fewer than
-    three distinct documents; when the folder holds something else or another recipe's data; and when it
-    cannot be written.
+    Raises `InputError` as `documents` and `load_tokenizer` do, before anything is written; for fewer than three
+    distinct documents; if the folder holds something else or another recipe's data; and if it cannot be written.
     """
     directory = Path(directory).absolute()
     there = os.path.lexists(directory / _DESCRIPTION)

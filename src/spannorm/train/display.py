@@ -1,4 +1,4 @@
-"""The live table: one row a run, drawn from its records."""
+"""The live table: one row per run, from its records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STYLES = {"waiting": "dim", "running": "cyan", "ok": "green", "failed": "bold r
 
 @dataclass
 class Row:
-    """One run as the table shows it."""
+    """One run in the table."""
 
     placement: str
     depth_rule: str
@@ -43,7 +43,7 @@ class Row:
     spikes: int = 0
     violation: float | None = None
     dead: int | None = None
-    """Of a mixture of experts: the last step's largest violation of an even load, and experts without a token."""
+    """For a mixture of experts: the last step's largest violation of an even load, and experts without a token."""
 
     @classmethod
     def of(cls, recipe: Recipe, config: SpanNormConfig) -> Row:
@@ -95,7 +95,7 @@ class Row:
 
 
 class Board:
-    """Shows rows live in a terminal; elsewhere prints a line when a run's status changes and one each minute.
+    """Shows rows live in a terminal. Elsewhere it prints a line when a run's status changes, and one per minute.
 
     Use as a context manager and call `refresh` after changing rows.
     """
@@ -128,7 +128,7 @@ class Board:
                 self._told[id(row)] = (row.status, time.monotonic())
 
     def render(self) -> Group:
-        """The table as it stands."""
+        """The current table."""
         grid = Grid(self.title)
         for heading in ("placement", "depth rule"):
             grid.column(heading)

@@ -25,11 +25,11 @@ _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NA
 
 
 class Engine(Trainer):
-    """`Trainer`, except that the data set already is the run's order, that roles decide decay and learning rate, and
+    """`Trainer`, except that the data set is already in the run's order, that roles decide decay and learning rate, and
     that the schedule is the recipe's (schedule.py).
 
-    Of a mixture of experts it logs the routers' health at every step, and the loss as the cross-entropy alone, so that
-    curves, spikes and failures mean what they mean for a dense model.
+    For a mixture of experts it logs the routers' health at every step. The logged loss is the cross-entropy alone, so
+    that curves, spikes and failures have the same meaning as for a dense model.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Engine(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        # Trainer empties its sum of losses by taking it off itself, which NaN survives: every later loss would be NaN.
+        # Trainer resets its sum of losses by subtracting it from itself. NaN − NaN is NaN, so it would stay NaN.
         return loss.nan_to_num(0.0, 0.0, 0.0) if self._skip_nan else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -97,7 +97,7 @@ class Engine(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """A step's sequences, read before its first pass."""
+        """A step's sequences. They are read before its first pass."""
         self.fetching = True
         try:
             return super().get_batch_samples(*args, **kwargs)
@@ -119,7 +119,7 @@ class Engine(Trainer):
 
 
 def passes(t: TrainRecipe, processes: int) -> tuple[int, int]:
-    """Sequences per forward pass, and passes, in which each process does its share of an optimizer step.
+    """Sequences per forward pass, and the number of passes, for each process's share of an optimizer step.
 
     Raises:
         InputError: a step's sequences do not divide among the processes.
@@ -135,7 +135,7 @@ def passes(t: TrainRecipe, processes: int) -> tuple[int, int]:
 
 
 def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArguments:
-    """A recipe's training section in Trainer's words."""
+    """A recipe's training section as Trainer's arguments."""
     batch_size, accumulation = passes(t, processes)
     return TrainingArguments(
         output_dir=str(out),
@@ -169,7 +169,7 @@ def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArgument
 
 
 def uses_bf16(t: TrainRecipe) -> bool:
-    """Whether the forward pass runs under bf16 autocast; `auto` is yes on a GPU that has bf16."""
+    """Whether the forward pass runs under bf16 autocast. `auto` means yes on a GPU with bf16."""
     if t.precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return t.precision == "bf16"

@@ -1,4 +1,4 @@
-"""What a result was obtained with: versions and machine."""
+"""The versions and the machine that produced a result."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import spannorm
 RUNS_SINCE = "0.1.0"
 """The first version of spannorm whose runs end as this version's do: the same recipe and tokens give the same result.
 Raise it to the coming version when a change moves the outcome of a run: then finished runs of older versions are not
-taken over (spannorm.lab.handover)."""
+taken over (`spannorm.lab.jobs.handover`)."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of what it computes with."""
+    """Versions of Python, of this package and of the libraries that compute."""
     packages = ["torch", "transformers", "accelerate", "tokenizers", "numpy"]
     ours = {"python": platform.python_version(), "spannorm": spannorm.__version__}
     return ours | {name: version(name) for name in packages}
@@ -42,11 +42,11 @@ def machine() -> dict[str, Any]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Floating-point operations per second of a bare product of two square matrices: the best of a few, on all threads.
+    """Floating-point operations per second of a product of two square matrices: the best of a few, on all threads.
 
-    What a training step could reach at most; with other work on the machine, now.
+    This is an upper limit for a training step. Other work on the machine makes it smaller.
     """
-    draw = torch.Generator(device).manual_seed(0)  # its own: a measurement must not change what is drawn later
+    draw = torch.Generator(device).manual_seed(0)  # leaves later random numbers unchanged
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=draw) for _ in range(2))
     best = math.inf
     for _ in range(6):
@@ -59,7 +59,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 
 
 def memory() -> int:
-    """Bytes of the GPU, or else of this machine as far as this process may use them."""
+    """Memory in bytes: of the GPU, or else of this machine, as far as this process may use it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Evaluating what was trained: at the end of a run, or any saved model afterwards (`spannorm eval`)."""
+"""Evaluation of a trained model: at the end of a run, or of any saved model later (`spannorm eval`)."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from spannorm.train.environment import machine, versions
 from spannorm.train.recipe import TrainRecipe
 
 SPLIT = "test"
-"""Questions are made from what neither trained a model nor chose its learning rate."""
+"""Questions are made from text that was used neither for training nor for the choice of a learning rate."""
 RUN, RESULTS = "run.json", "results.json"
 
 
 def tasks_of(recipe: TrainRecipe, tokens: TokenData, context: int) -> dict[str, Any]:
-    """The tasks that a run is evaluated on, with their data: an `InputError` before any time is spent on training."""
+    """The tasks of a run with their data. An `InputError` comes before training starts."""
     local = any(name in LOCAL for name in task_names(recipe.evaluate))
     return load_tasks(recipe.evaluate, _text(tokens, context, recipe.evaluate_questions) if local else None)
 
 
 def evaluate_run(model: Any, recipe: TrainRecipe, tokens: TokenData) -> dict[str, dict[str, Any]]:
-    """What a run's model comes to on its recipe's tasks; see `spannorm.evaluate.harness.evaluate`."""
+    """The results of a run's model on its recipe's tasks; see `spannorm.evaluate.harness.evaluate`."""
     tasks = tasks_of(recipe, tokens, model.config.max_position_embeddings)
     from spannorm.evaluate.harness import evaluate
 
@@ -57,18 +57,19 @@ def evaluate_folder(
     batch_size: int = 16,
     on_task: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluate a saved model, and return what `results.json` holds.
+    """Evaluate a saved model, and return the content of `results.json`.
 
     Args:
-        folder: a run's folder, or that of a model that `save_pretrained` wrote with its tokenizer (`spannorm.load`).
+        folder: a run's folder, or the folder of a model that `save_pretrained` wrote with its tokenizer
+            (`spannorm.load`).
         names: tasks: `local`, `paper`, or lm-eval's names.
-        data: tokens whose test split local tasks are made from; None means those of the run.
+        data: tokens; local tasks are made from their test split. None means the run's tokens.
         out: where `results.json` and the files of local tasks go; None means `folder/eval`.
         count: questions per task at most; 0 means all.
         on_task: called with a task's name before it runs.
 
     Raises:
-        InputError: no model, no tokenizer, no text, an unknown task, or data that cannot be had.
+        InputError: no model, no tokenizer, no text, an unknown task, or data that is not available.
     """
     import spannorm
 
@@ -105,7 +106,7 @@ def evaluate_folder(
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the model is: of a run's folder its `model`, and of any other the folder itself."""
+    """The folder of the model: in a run's folder `model`, otherwise the folder itself."""
     if (folder / RUN).is_file():
         if not (folder / "model" / "config.json").is_file():
             raise InputError(f"the run in {folder} has no model yet: it is not finished, or it diverged.")
@@ -130,7 +131,7 @@ def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def run_tokens(folder: Path, data: Path | None) -> TokenData:
-    """The tokens given, or those of the run: beside it, or beside the comparison that it is a job of."""
+    """The given tokens, or those of the run: in its folder, or in that of the comparison that it belongs to."""
     if data is not None:
         return TokenData.open(data)
     if not (folder / RUN).is_file():

@@ -1,6 +1,6 @@
-"""What counts as a spike and as a failed training run. Written criteria, applied to the records alone.
+"""What counts as a spike and as a failed training run. The criteria are applied to the records alone.
 
-Losses are in nats per token; a value that was not finite is None, as in the records.
+Losses are in nats per token. A value that was not finite is None, as in the records.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from spannorm.values import finite
 Reason = Literal["non-finite", "unigram", "spike"]
 
 ROUTING = ("router_aux_loss", "router_z_loss", "router_entropy", "router_logit_rms", "max_violation", "dead_experts")
-"""What the records of a mixture of experts say of its routers besides (see spannorm.routing)."""
+"""Further values in the records of a mixture of experts, about its routers (see spannorm.routing)."""
 
 WINDOW = 128
-"""Values that a new one is held against."""
+"""The number of earlier values with which a new value is compared."""
 SIGMAS = 6.0
 MARGIN_BELOW_UNIGRAM = 0.2
-"""Nats per token that a trained model must lie below the unigram model (a collapsed one sits within 0.01 of it)."""
+"""A trained model must be at least this many nats per token below the unigram model; a collapsed one is within 0.01."""
 TAIL = 32
-"""Losses whose mean is compared before and after the last spike."""
+"""The number of losses in the means that are compared before and after the last spike."""
 MARGIN_AFTER_SPIKE = 0.1
-"""Nats per token that the loss may stay above where it was."""
+"""After a spike the loss may stay this many nats per token above its earlier value."""
 
 CRITERIA = {
     "non-finite": "the loss became non-finite",
@@ -38,9 +38,9 @@ CRITERIA = {
 def spikes(values: Sequence[float | None]) -> list[int]:
     """Indices of the spikes in a series (OLMo-core's SpikeScore).
 
-    A value is a spike when it lies above mean + 6σ (population) of the 128 values before it. The window must be full
-    and its σ at least 1e-10; every finite value joins the window after it was judged. A value that is not finite
-    is a spike once the window is full.
+    A value is a spike if it is above mean + 6σ (population) of the 128 values before it. The window must be full, and
+    its σ at least 1e-10. Every finite value joins the window after it was judged. If the window is full, a value that
+    is not finite is a spike.
     """
     found: list[int] = []
     window: list[float] = []
@@ -69,7 +69,7 @@ def failure(
     Args:
         losses: training loss of every step.
         spiked: indices from `spike_steps`.
-        val_loss: the final validation loss; None when it is not finite.
+        val_loss: the final validation loss; None if it is not finite.
         unigram_loss: the same split under a unigram model of the training tokens.
     """
     if finite(val_loss) is None or any(finite(loss) is None for loss in losses):

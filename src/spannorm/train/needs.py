@@ -1,4 +1,4 @@
-"""What a run will need, known from its recipe alone, and whether this machine has it."""
+"""The memory that a run will need, computed from its recipe alone, and whether this machine has it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Needs:
 
 
 def needs(recipe: Recipe, config: SpanNormConfig, processes: int = 1) -> Needs:
-    """What each of a run's processes will need.
+    """The memory that each of a run's processes will need.
 
-    The memory is weights, gradients and the optimizer's moments in fp32; of one forward pass what each block keeps for
-    backward of its sublayers' inputs, and the logits with their gradient; and the tokens of one step. Whatever else is
-    kept comes on top.
+    It counts weights, gradients and the optimizer's moments in fp32; the sublayers' inputs that each block keeps for
+    backward, and the logits with their gradient, of one forward pass; and the tokens of one step. Other memory is not
+    counted.
 
     Args:
-        config: the model's; where the recipe leaves the vocabulary to the data, that of the tokenizer is taken.
+        config: the model's. If the recipe leaves the vocabulary to the data, the tokenizer's is used.
     """
     t, d = recipe.train, recipe.data
     vocabulary = config.vocab_size
@@ -54,10 +54,10 @@ def needs(recipe: Recipe, config: SpanNormConfig, processes: int = 1) -> Needs:
 
 
 def check_fits(recipe: Recipe, config: SpanNormConfig, processes: int = 1) -> Needs:
-    """What a run will need.
+    """The memory that a run will need.
 
     Raises:
-        InputError: more than the GPU, or else the machine, has.
+        InputError: it is more than the GPU, or else the machine, has.
     """
     needed, there = needs(recipe, config, processes), memory()
     if needed.memory > there:
@@ -69,7 +69,7 @@ def check_fits(recipe: Recipe, config: SpanNormConfig, processes: int = 1) -> Ne
 
 
 def parameters(config: SpanNormConfig, vocabulary: int) -> int:
-    """How many parameters a model has: those of Transformers' modules by their sizes, a placement's by its own word."""
+    """The number of parameters: of Transformers' modules by their sizes, of a placement from its own description."""
     width, ends = config.hidden_size, 1 + (not config.tie_word_embeddings)
     stack, norm = config.stack, sum(p.numel() for p in config.stack.new_norm(width).parameters())
     at_the_ends = (stack.final_norm + stack.embedding_norm) * norm
@@ -112,7 +112,7 @@ def _active_channels(config: SpanNormConfig) -> int:
 
 
 def short(count: int) -> str:
-    """A count in three digits: 7.01 B."""
+    """A count with three digits: 7.01 B."""
     for unit, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

@@ -22,11 +22,11 @@ def build_optimizer(
     betas: tuple[float, float],
     epsilon: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `parameter_groups` of the model, whose depth rules scale either's rate and Adam's ε.
+    """The optimizer `name` over `parameter_groups` of the model. Depth rules scale the learning rate and Adam's ε.
 
-    Muon (Jordan et al. 2024) steps along the orthogonalized momentum, its size matched to AdamW's RMS (Moonlight, arXiv
-    2502.16982), so that one learning rate and one decay serve both. It takes the 2-D matrices inside blocks; embedding,
-    head, norms, router and the experts' stacked matrices stay with AdamW.
+    Muon (Jordan et al. 2024) steps along the orthogonalized momentum. The step's size is matched to AdamW's RMS
+    (Moonlight, arXiv 2502.16982), so that one learning rate and one decay fit both. Muon updates the 2-D matrices in
+    blocks; AdamW updates embedding, head, norms, router and the experts' stacked matrices.
     """
     groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay, eps=epsilon)
 
@@ -41,12 +41,12 @@ def build_optimizer(
         for inside in (True, False)
     )
     for group in muon:
-        group.pop("eps", None)  # Muon's is another thing: it guards a division by the momentum's norm
+        group.pop("eps", None)  # Muon's eps has another meaning: it protects a division by the momentum's norm
     return Together([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"), adamw(rest)])
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers as one. Their groups are shared, so that a schedule which sets a group's rate reaches them."""
+    """Several optimizers as one. It shares their groups, so that a schedule can set each group's learning rate."""
 
     def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
         self.parts = list(parts)

@@ -1,7 +1,7 @@
 """The corpus `packages`: the source text of pinned packages, the same for everyone and large enough for a long run.
 
-`packages.yaml` is the lock: each package's wheel by name, version and hash, its licence, and the split it goes to.
-Wheels are fetched from the package index by pip, once, and nothing in them is ever installed or run.
+`packages.yaml` is the lock: each package's wheel by name, version and hash, its licence, and its split. pip downloads
+the wheels from the package index once. Nothing in them is ever installed or run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from spannorm.errors import InputError
 
 LOCK = Path(__file__).with_name("packages.yaml")
 SPLITS = ("train", "validation", "test")
-"""Also the order in which packages are read: a file that a training package has too is training text."""
+"""Also the order in which packages are read. So a file that is also in a training package is training text."""
 DIGITS = 0.2
-"""The share of digits from which on a file is a table of numbers, and left out."""
+"""A file with at least this share of digits is a table of numbers, and is left out."""
 
 _LEFT_OUT = re.compile(
     # tests, as in `stdlib`, and copies of other people's packages
@@ -56,11 +56,11 @@ class Package:
 
 @dataclass(frozen=True)
 class Lock:
-    """The packages in the order in which they are read, and the hash of what they hold."""
+    """The packages in the order in which they are read, and the hash of their content."""
 
     packages: tuple[Package, ...]
     corpus_sha256: str
-    """`TokenData.corpus_sha256` of data made from them, whatever the tokenizer."""
+    """`TokenData.corpus_sha256` of data made from them, for any tokenizer."""
 
 
 def read_lock(path: Path = LOCK) -> Lock:
@@ -73,15 +73,15 @@ def read_lock(path: Path = LOCK) -> Lock:
 def documents(lock: Lock | None = None, folder: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yield (split, text) of every source file of the lock's packages, package by package, in the order of their paths.
 
-    A wheel that is not in the folder, or not what the lock says, is fetched before anything is read. Left out are
+    A wheel that is missing in the folder, or differs from the lock, is downloaded before anything is read. Left out are
     tests, vendored copies, tables of numbers (`DIGITS`), and files that are not UTF-8. Line ends become a newline.
 
     Args:
-        lock: None is that of this package.
-        folder: where the wheels are kept; None is `cache_folder()`.
+        lock: None means this package's lock.
+        folder: the folder of the wheels; None means `cache_folder()`.
 
     Raises:
-        InputError: a wheel cannot be had; says which, why, and what to do.
+        InputError: a wheel is not available; the message says which, why, and what to do.
     """
     lock, folder = lock or read_lock(), folder or cache_folder()
     fetch(lock.packages, folder)
@@ -106,12 +106,12 @@ def texts(wheel: Path) -> Iterator[str]:
 
 
 def cache_folder() -> Path:
-    """Where wheels are kept: `spannorm/wheels` in the user's cache, which is `$XDG_CACHE_HOME` or `~/.cache`."""
+    """The folder of the wheels: `spannorm/wheels` in the user's cache, which is `$XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spannorm" / "wheels"
 
 
 def fetch(packages: Sequence[Package], folder: Path) -> None:
-    """Make sure that the wheel of every package is in the folder, whole and as the lock says.
+    """Make sure that the wheel of every package is in the folder, complete and as in the lock.
 
     Raises:
         InputError: as `documents` does.
@@ -149,7 +149,7 @@ def _is_there(package: Package, folder: Path) -> bool:
 
 
 def _download(packages: Sequence[Package], folder: Path) -> str:
-    """Let pip fetch the wheels, by the user's own settings of pip, and return what it complains of."""
+    """Let pip download the wheels, with the user's own settings of pip. Returns pip's error text."""
     requirements = folder / "requirements.txt"
     lines = [f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n" for package in packages]
     requirements.write_text("".join(lines), encoding="utf-8")

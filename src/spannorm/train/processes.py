@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them: all train, the first writes and speaks."""
+"""The processes of one run, as torchrun starts them: all ranks train; rank 0 writes and prints."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes of this run, if torchrun started any: over NCCL on GPUs, over gloo on CPUs."""
+    """Connect with the other processes of this run, if torchrun started any: NCCL on GPUs, gloo on CPUs."""
     _state()
 
 
 def leave() -> None:
-    """Part from the other processes; else the interpreter may end while threads of theirs still run, and abort."""
+    """Disconnect from the other processes. Otherwise the interpreter may end while their threads run, and abort."""
     if distributed.is_initialized():
         gc.collect()  # models in shards hold the group
         wait_for_all()
@@ -44,7 +44,7 @@ def is_first() -> bool:
 
 
 def on_first(do: Callable[[], T]) -> T:
-    """What `do` returns in the first process, handed to every process; its `InputError` reaches every process too."""
+    """Run `do` in the first process and return its result in every process. All of them raise its `InputError`."""
     told: list[tuple[T | None, InputError | None]] = [(None, None)]
     if is_first():
         try:
@@ -69,13 +69,13 @@ def any_of(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called this."""
     _state().wait_for_everyone()
 
 
 @contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Within the block, the error of a process that has lost another is one clear `Stopped`: the cause is elsewhere."""
+    """Within the block, the error of a process that lost another process becomes `Stopped`: the cause is elsewhere."""
     try:
         yield
     except RuntimeError as error:
@@ -85,6 +85,6 @@ def noticing_loss() -> Iterator[None]:
 
 
 def _state() -> Any:
-    from accelerate import PartialState  # slow to import, and the command line asks for `is_first` alone
+    from accelerate import PartialState  # slow to import, and the command line needs only `is_first`
 
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -1,8 +1,8 @@
-"""The learning-rate ramp: the rate rises from 0 until the model no longer takes it (Keel, arXiv 2601.19895, §5.1).
+"""The learning-rate ramp: the rate rises from 0 until training diverges (Keel, arXiv 2601.19895, §5.1).
 
-The paper gives no threshold for divergence. Ours: of what the model had learned, the distance of its lowest loss below
-the unigram model, a share is lost again. A loss that is not finite has lost everything. Losses are means of the last
-`WINDOW` steps; a model that never came 0.2 nats below the unigram model has learned nothing that it could lose.
+The paper gives no threshold for divergence. Ours: the model loses a share of what it had learned. What it had learned
+is the distance of its lowest loss below the unigram model. A loss that is not finite means that all is lost. Losses are
+means of the last `WINDOW` steps. A model that was never 0.2 nats below the unigram model has learned nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ PEAK = 5e-2
 """Where the published ramp ends, after 5,000 steps."""
 WINDOW = 16
 SHARE = 0.5
-"""The share that counts as divergence."""
+"""The lost share that counts as divergence."""
 SHARES = (0.25, SHARE, 1.0)
-"""Those that are reported, so that a reader sees how much hangs on the threshold."""
+"""The lost shares that are reported, so that a reader sees how much the threshold matters."""
 
 
 class Learned:
-    """Follows a run's losses and says which share of what was learned is lost."""
+    """Follows a run's losses and computes the lost share of what was learned."""
 
     def __init__(self, unigram_loss: float) -> None:
         self.unigram, self.best = unigram_loss, math.inf
@@ -35,7 +35,7 @@ class Learned:
         return self.best <= self.unigram - MARGIN_BELOW_UNIGRAM
 
     def lost(self, loss: float | None) -> float:
-        """Take in the next step's loss; 0 means that nothing is lost, or that nothing was learned."""
+        """Add the next step's loss. Returns the lost share; 0 means that nothing is lost, or nothing was learned."""
         if loss is None or not math.isfinite(loss):
             return math.inf
         self._window.append(loss)
@@ -47,10 +47,10 @@ class Learned:
 
 
 def tolerated(records: Iterable[Mapping[str, Any]], unigram_loss: float) -> dict[str, Any]:
-    """The learning rate just before each share was lost: that of the first step of the window that shows it.
+    """The learning rate just before each share was lost: the rate at the first step of the window in which it is lost.
 
     Returns:
-        `learned`: whether there was anything to lose; `rates`: by share, None where it was never lost.
+        `learned`: whether the model had learned anything. `rates`: by share, None if it was never lost.
     """
     learned, rates = Learned(unigram_loss), dict[float, float]()
     steps: list[float] = []

@@ -1,7 +1,7 @@
 """A recipe: what to train, on what, how, and what to compare. YAML files map onto these classes one to one.
 
-Frozen dataclasses are the truth; `--set train.learning_rate=1e-3` and the arms of a comparison are the same
-dotted keys laid over the same mapping.
+The frozen dataclasses define all keys. `--set train.learning_rate=1e-3` and the arms of a comparison use the same
+dotted keys, and override values of the same mapping.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spannorm.train.optimizers import OPTIMIZERS
 from spannorm.train.yaml_reader import read_yaml
 from spannorm.values import checked, limited, limits_of
 
-_SEED = (1 << 32) - 1  # the largest that NumPy and Transformers take
+_SEED = (1 << 32) - 1  # the largest that NumPy and Transformers accept
 _STEPS, _AT_ONCE = 10**8, 1 << 20
 _LONGEST_NAME = 100
 
@@ -36,12 +36,12 @@ class DataRecipe:
     text_field: str = "text"
     """The field that holds the text in JSONL and parquet."""
     document_separator: str | None = None
-    """For text files: a string that ends a document, so that one file can hold many."""
+    """For text files: a string that ends a document, so that one file can hold several."""
     tokenizer: str = "bytes"
     """`bytes`; `bpe` (byte-level BPE trained on the training documents); or the folder or Hub name of any
     Hugging Face tokenizer."""
     vocab_size: int = limited(8192, least=258, most=1 << 20)
-    """Vocabulary of a `bpe` tokenizer, end-of-document token included. Other tokenizers bring their own."""
+    """Vocabulary of a `bpe` tokenizer, with the end-of-document token. Other tokenizers have their own."""
     validation_fraction: float = limited(0.02, above=0, below=0.5)
     test_fraction: float = limited(0.02, above=0, below=0.5)
 
@@ -54,112 +54,113 @@ class TrainRecipe:
     """Optimizer steps."""
     sequence_length: int = limited(128, least=2, most=1 << 24)
     batch_size: int = limited(4, least=1, most=_AT_ONCE)
-    """Sequences per forward pass; at most, where several processes share a step's."""
+    """Sequences per forward pass; an upper limit with several processes, because they share a step's sequences."""
     accumulation: int = limited(1, least=1, most=_AT_ONCE)
-    """Forward passes per optimizer step. A step sees batch_size · accumulation sequences, however many processes."""
+    """Forward passes per optimizer step. A step has batch_size · accumulation sequences, over all processes."""
     learning_rate: float = limited(6e-3, above=0, most=1e6)
     """Peak learning rate."""
     optimizer: str = limited("adamw", known=OPTIMIZERS)
     """`adamw`, or `muon`: Muon for the matrices inside blocks, AdamW for the rest, one learning rate for both."""
     schedule: str = limited("cosine", known=("cosine", "wsd", "ramp"))
-    """`cosine`; `wsd`: constant after warm-up, then linear decay; or `ramp`: from 0 up to the peak at the last step,
-    ended early once everything learned is lost (`spannorm max-lr`)."""
+    """`cosine`; `wsd`: constant after warm-up, then linear decay; or `ramp`: from 0 up to the peak at the last step. A
+    ramp ends early if all that was learned is lost (`spannorm max-lr`)."""
     warmup_steps: int = limited(20, least=0, most=_STEPS)
     decay_fraction: float = limited(0.2, least=0, most=1)
-    """`wsd` only: the share of the steps spent decaying."""
+    """`wsd` only: the share of the steps in which the rate decays."""
     final_learning_rate: float = limited(0.1, least=0, most=1)
     """The last learning rate as a share of the peak."""
     weight_decay: float = limited(0.1, least=0, most=1e6)
-    """On matrices; never on norms, biases, learned gains and embeddings."""
+    """On matrices only, not on norms, biases, learned gains and embeddings."""
     adam_beta1: float = limited(0.9, least=0, below=1)
     adam_beta2: float = limited(0.95, least=0, below=1)
     adam_epsilon: float = limited(1e-8, above=0, most=1)
     clip_norm: float = limited(1.0, least=0, most=1e12)
     """Largest global gradient norm; 0 turns clipping off."""
     precision: str = limited("auto", known=("auto", "fp32", "bf16"))
-    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that has it, fp32 otherwise."""
+    """`fp32`, `bf16` (autocast), or `auto`: bf16 on a GPU that supports it, fp32 otherwise."""
     kernels: str = limited("auto", known=KERNELS)
-    """Of add-and-norm: `reference`, `triton`, or `auto`: Triton's on a GPU that has it (docs/performance.md)."""
+    """For add-and-norm: `reference`, `triton`, or `auto`: Triton's if it can run on the GPU (docs/performance.md)."""
     loss_chunk: int = limited(0, least=0, most=1 << 40)
-    """Tokens whose logits are held at once, for a large vocabulary: less memory, and the head once more in backward.
-    0: all of a pass's."""
+    """Compute the loss in chunks of this many tokens. With a large vocabulary this saves memory; backward computes the
+    head again. 0: all tokens of a pass at once."""
     parallel: str = limited("ddp", known=("ddp", "fsdp"))
-    """What several processes share: `ddp` the batch alone, `fsdp` (FSDP2) parameters, gradients and optimizer state
-    too (docs/processes.md)."""
+    """How several processes share the work: `ddp` splits the batch; `fsdp` (FSDP2) also splits parameters, gradients
+    and optimizer state (docs/processes.md)."""
     compile: bool = False
     activation_checkpointing: bool = False
     on_nan: str = limited("stop", known=("stop", "skip"))
-    """A step whose loss or gradient is not finite: `stop` ends the run as failed, `skip` leaves the weights as they
-    were and goes on (at most 8 in a row)."""
+    """After a step whose loss or gradient is not finite: `stop` ends the run as failed; `skip` keeps the weights from
+    before the step and goes on (at most 8 in a row)."""
     on_spike: str = limited("keep", known=("keep", "rollback"))
-    """A step whose loss spikes: `keep` it, or `rollback` to the last checkpoint before it and go on without the
-    sequences in between (at most 3 times to one checkpoint)."""
+    """After a step whose loss spikes: `keep` goes on; `rollback` returns to the last checkpoint before it, and leaves
+    out the sequences in between (at most 3 times to one checkpoint)."""
     evaluation_sequences: int = limited(64, least=1, most=_AT_ONCE)
     """Sequences of the validation (and of the test) split that measure the final loss."""
     checkpoint_every: int = limited(100, least=1, most=_STEPS)
-    """Optimizer steps between checkpoints; the last step is always one."""
+    """Optimizer steps between checkpoints. There is always one after the last step."""
     probe_every: int = limited(50, least=1, most=_STEPS)
-    """Optimizer steps between records of signal and gradient by layer; the first and last are always made."""
+    """Optimizer steps between records of signal and gradient by layer. The first and the last step always have one."""
     collapse: bool = False
-    """After training, measure rank, spectrum and what the loss loses by each block when it is skipped."""
+    """After training, measure rank, spectrum and how much the loss increases if each block is skipped."""
     evaluate: tuple[str, ...] = ()
-    """After training, tasks to run on the model: `local`, `paper`, or lm-eval's names (docs/eval.md)."""
+    """Tasks to run on the model after training: `local`, `paper`, or lm-eval's names (docs/eval.md)."""
     evaluate_questions: int = limited(200, least=0, most=_AT_ONCE)
-    """Of each of these tasks at most; 0 takes all."""
+    """Questions per task at most; 0 means all."""
     seed: int = limited(0, least=0, most=_SEED)
-    """Draws the weights and the order of the data. Arms of one seed see the same tokens in the same order."""
+    """Seeds the weights and the order of the data. Arms with the same seed see the same tokens in the same order."""
     threads: int = limited(0, least=0, most=1024)
-    """CPU threads of this run; 0 leaves PyTorch's choice."""
+    """CPU threads of this run; 0 means PyTorch's choice."""
 
 
 @dataclass(frozen=True)
 class ProtocolRecipe:
-    """How arms meet on equal terms (docs/lab.md): each at its own best learning rate, chosen on `train.seed` and the
-    validation split, confirmed on fresh seeds and the test split."""
+    """How arms are compared on equal terms (docs/lab.md). Each arm has its own best learning rate, which is chosen on
+    `train.seed` and the validation split, and then confirmed on fresh seeds and the test split."""
 
     seeds: tuple[int, ...] = limited((), least=0, most=_SEED)
-    """Fresh seeds for the confirmation: three for a look, five for a claim. None: the grid is run as it is written."""
+    """Fresh seeds for the confirmation: three for a first look, five for a claim. None: only the grid is run."""
     extensions: int = limited(1, least=0, most=100)
-    """How many learning rates the grid may grow by beyond each edge, for every arm, while one has its best there."""
+    """How many learning rates may be added beyond each edge of the grid, for all arms, while an arm's best is there."""
     pairs: tuple[tuple[str, ...], ...] = ()
-    """The arms to hold against each other, two and two, named beforehand as the report names them: placement, depth
-    rule, other overrides; or by the placement alone where one arm has it."""
+    """Pairs of arms to compare with each other, chosen beforehand. An arm is named as in the report: placement, depth
+    rule, other overrides; or by the placement alone if only one arm has it."""
 
 
 @dataclass(frozen=True)
 class CompareRecipe:
-    """What a comparison varies. Keys are the dotted keys of `--set`; any key of the recipe will do."""
+    """What a comparison varies. Keys are the dotted keys of `--set`; any key of the recipe is allowed."""
 
     arms: tuple[Mapping[str, Any], ...] = ()
-    """One mapping per arm: how it differs from the recipe, and under `table` the name of the table it stands in, where
-    a comparison has several. A run that stands in two is run once."""
+    """One mapping per arm: how it differs from the recipe. If a comparison has several tables, `table` names the arm's
+    table. A run that is in two tables is run once."""
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Every arm is run with every combination of these values. A value may be a mapping of several keys; the name it
-    stands under is then free."""
+    """Every arm is run with every combination of these values. A value may be a mapping of several keys; then its name
+    here is free."""
     protocol: ProtocolRecipe = ProtocolRecipe()
 
 
 @dataclass(frozen=True)
 class LadderRecipe:
-    """Sizes of one family of models, trained on tokens in proportion (`spannorm ladder`, docs/ladder.md)."""
+    """Sizes of one family of models. The number of tokens grows with the size (`spannorm ladder`, docs/ladder.md)."""
 
     sizes: tuple[int, ...] = ()
-    """Parameters without embeddings, ascending. The last is predicted from the others before it is run."""
+    """Parameters without embeddings, ascending. The last size is predicted from the others before it is run."""
     aspect: float = limited(4.0, above=0.0)
-    """Width per block, as near as whole heads and blocks allow."""
+    """Width divided by number of blocks, as near as whole heads and blocks allow."""
     head_size: int = limited(16, least=2)
     tokens_per_parameter: float = limited(20.0, above=0.0)
     batch_exponent: float = limited(0.5, least=0.0, most=1.0)
-    """`train.batch_size` is the smallest size's; others take it times (their tokens ∕ its tokens) to this power."""
+    """`train.batch_size` is for the smallest size. For others it is multiplied by (their tokens ∕ its tokens) to this
+    power."""
     warmup: float = limited(0.05, above=0.0, below=1.0)
     """The share of the steps."""
     rate_sizes: int = limited(2, least=1)
-    """How many of the smallest sizes try every learning rate of `compare.grid`. Above them a rate is carried up as
-    1 ∕ width, and checked at the next size against half and twice of it."""
+    """How many of the smallest sizes try every learning rate of `compare.grid`. For larger sizes the rate is scaled by
+    1 ∕ width; the next size also tries half and twice of it."""
     seeded_sizes: int = limited(2, least=1)
     """How many of the largest sizes run on `compare.protocol.seeds`; the others on `train.seed` alone."""
     side: int = limited(1, least=0)
-    """The size, counted from 0, on which `token_ratios` and `depths` stand."""
+    """The size, counted from 0, for which `token_ratios` and `depths` are run."""
     token_ratios: tuple[float, ...] = ()
     """Other tokens per parameter."""
     depths: tuple[int, ...] = ()
@@ -168,7 +169,7 @@ class LadderRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. `model` holds the keys of `SpanNormConfig` ; its sizes must be said (`spannorm.model_keys`)."""
+    """A whole recipe. `model` holds keys of `SpanNormConfig`; the sizes must be given (`spannorm.model_keys`)."""
 
     name: str = "run"
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -178,14 +179,14 @@ class Recipe:
     ladder: LadderRecipe = LadderRecipe()
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain mapping that `recipe_from_dict` turns back into an equal recipe."""
+        """A plain mapping, from which `recipe_from_dict` makes an equal recipe."""
         return asdict(self)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file and lay `key=value` overrides over it.
+    """Read a recipe from a YAML file and apply `key=value` overrides.
 
-    Raises `InputError` on a missing file, broken YAML, an unknown key or a value of the wrong kind.
+    Raises `InputError` for a missing file, broken YAML, an unknown key or a value of the wrong kind.
     """
     path = Path(path)
     try:
@@ -206,7 +207,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """A recipe with `key=value` overrides laid over it."""
+    """A recipe with `key=value` overrides applied."""
     return _overridden(recipe.to_dict(), overrides)
 
 
@@ -231,7 +232,7 @@ def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key (`train.steps`, `compare.grid.train.seed`) in nested mappings, in place."""
     *parents, last = key.split(".")
-    if key.startswith("compare.grid."):  # its keys are dotted themselves
+    if key.startswith("compare.grid."):  # its keys contain dots
         parents, last = ["compare", "grid"], key.removeprefix("compare.grid.")
     for parent in parents:
         child = raw[parent] = {} if raw.get(parent) is None else raw[parent]

@@ -1,8 +1,8 @@
-"""What a run writes down as it goes, and when it stops. Everything else reads these files, never the process.
+"""The records that a run writes while it trains, and when it stops. Other code reads these files, never the process.
 
-records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds; of a mixture of experts also
-                what `spannorm.train.health.ROUTING` lists
-probes.jsonl    one line per probe: step and a `spannorm.probes.Record`; of a mixture of experts also `routing`, a
+records.jsonl   one line per optimizer step: step, loss, grad_norm, learning_rate, seconds; for a mixture of experts
+                also the values in `spannorm.train.health.ROUTING`
+probes.jsonl    one line per probe: step and a `spannorm.probes.Record`; for a mixture of experts also `routing`, a
                 `RoutingRecord`
 """
 
@@ -31,18 +31,18 @@ logger = logging.getLogger("spannorm")
 
 RECORDS, PROBES = "records.jsonl", "probes.jsonl"
 SKIPS = 8
-"""Steps in a row that may be skipped: weights that are broken themselves break every step."""
+"""Steps in a row that may be skipped. More would mean that the weights themselves are broken."""
 
 
 RECORD = {"step": int, "loss": (float, None), "grad_norm": (float, None), "learning_rate": float, "seconds": float}
 PROBE = {"step": int, "loss": (float, None)}
-"""What a line holds at least; see `spannorm.files.checked`."""
+"""The least content of a line; see `spannorm.files.checked`."""
 PATIENCE = 5.0
 """Seconds that a stop waits for the end of a step."""
 
 
 def exit_code(stopped_by: int | None) -> int:
-    """Of the command line: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) where a scheduler asked."""
+    """The command line's exit code: 130 after Ctrl-C, 75 (EX_TEMPFAIL: try again) after a scheduler's signal."""
     return 130 if stopped_by == signal.SIGINT else 75
 
 
@@ -50,13 +50,13 @@ class Recorder(TrainerCallback):
     """Writes the records, stops on a loss that is not finite, and on a request to stop (Ctrl-C, SIGTERM).
 
     Args:
-        folder: where the records go.
-        probe: measures the model as it stands.
+        folder: the folder of the records.
+        probe: measures the current model.
         probe_every: optimizer steps between probes.
         on_step: called with each record, for a live display.
-        stop_with_parent: stop when the process that started this one is gone.
-        fetching: whether the next step's sequences are being read: not a moment to wait for at a stop.
-        skip_nan: take back the update of a step whose gradient is not finite, instead of stopping at its loss.
+        stop_with_parent: stop when the process that started this one has ended.
+        fetching: whether the next step's sequences are being read. A stop does not wait for that.
+        skip_nan: undo the update of a step whose gradient is not finite, instead of stopping at its loss.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class Recorder(TrainerCallback):
     def catching_signals(self) -> Iterator[None]:
         """Within the block, Ctrl-C or SIGTERM asks for a stop after the step; a second Ctrl-C is immediate.
 
-        A step that takes longer than `PATIENCE` ends after its forward pass, and sequences are not read to their end.
-        A second SIGTERM is not: a scheduler sends it to torchrun and its processes, and torchrun passes its own on.
+        A step that takes longer than `PATIENCE` ends after its forward pass, and reading of sequences is interrupted.
+        A second SIGTERM is not immediate, because a scheduler sends one to torchrun and to its processes, and torchrun
+        sends one more.
         """
 
         def ask(number: int, _: Any) -> None:
@@ -108,7 +109,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run repeats the steps after its checkpoint: what they wrote before is taken back.
+        # A resumed run repeats the steps after its checkpoint: their earlier records are removed.
         for name in (RECORDS, PROBES) if is_first() else ():
             shape = RECORD if name == RECORDS else PROBE
             there = read_jsonl(self.folder / name, shape) if state.global_step else []
@@ -146,7 +147,7 @@ class Recorder(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        # Trainer keeps every log in each checkpoint's state file; ours are on disk already.
+        # Trainer writes every log into each checkpoint's state file; our records are on disk already.
         state.log_history.clear()
         if "grad_norm" not in logs:
             return
@@ -169,7 +170,7 @@ class Recorder(TrainerCallback):
             self._probe(state.global_step)
 
     def _probe(self, step: int) -> None:
-        # Every process measures the same batch: a model in shards runs in all of them or not at all.
+        # Every process measures the same batch, because a sharded model must run in all of them.
         self._write(PROBES, {"step": step, **self.probe()})
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
@@ -178,7 +179,7 @@ class Recorder(TrainerCallback):
 
 
 class RampEnd(TrainerCallback):
-    """Ends a ramp when all that was learned is lost: what comes after says nothing more."""
+    """Ends a ramp when all that was learned is lost, because later steps add no information."""
 
     def __init__(self, folder: Path, unigram_loss: float) -> None:
         self.folder, self.learned = folder, Learned(unigram_loss)

@@ -1,9 +1,9 @@
-"""After a spike of the loss, back to the last checkpoint and on without the sequences that led there.
+"""After a spike of the loss, return to the last checkpoint and go on without the sequences before the spike.
 
-The manner of PaLM (arXiv 2204.02311, §5.1): same weights, other data, and most spikes do not come again. What a run
-left out stands in `rollbacks.jsonl`, a line per rollback: `step` of the spike, `to` which step the run went back, the
-`loss` it had. The order of the data follows from that file and the seed, so a run that is killed after a rollback
-resumes to the same losses.
+As in PaLM (arXiv 2204.02311, §5.1): with the same weights and other data, most spikes do not come again. A run records
+what it left out in `rollbacks.jsonl`, one line per rollback: `step` of the spike, `to` which step the run returned, the
+`loss` of the spike. The order of the data depends only on that file and the seed. So a run that is killed after a
+rollback resumes with the same losses.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ logger = logging.getLogger("spannorm")
 ROLLBACKS = "rollbacks.jsonl"
 ROLLBACK = {"step": int, "to": int, "loss": float}
 ATTEMPTS = 3
-"""Rollbacks to one checkpoint: where other data spike too, the weights are the cause, and the run goes on."""
+"""Rollbacks to one checkpoint. If other data cause spikes too, the weights are the reason, and the run goes on."""
 
 
 class SpikeGuard(TrainerCallback):
-    """At a step whose loss spikes (`spannorm.train.health.spikes`), writes down a rollback and ends training, unsaved.
+    """At a step whose loss spikes (`spannorm.train.health.spikes`), records a rollback and ends training, unsaved.
 
     Args:
-        folder: the run's, whose records are read when training begins or goes on.
+        folder: the run's folder. Its records are read when training begins or goes on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class SpikeGuard(TrainerCallback):
     ) -> None:
         loss = logs["loss"] if "grad_norm" in logs else math.nan
         if not math.isfinite(loss):
-            return  # what is not finite is `train.on_nan`'s
+            return  # `train.on_nan` decides about losses that are not finite
         if any_of(bool(spikes([*self.losses, loss]))) and on_first(lambda: self._roll_back(state.global_step, loss)):
             self.rolled_back, control.should_training_stop, control.should_save = True, True, False
         self.losses.append(loss)

@@ -1,13 +1,13 @@
-"""One training run, from a recipe to `result.json`, that can be stopped anywhere and goes on where it was.
+"""One training run, from a recipe to `result.json`. It can be stopped at any time and then resumed.
 
 A run's folder:
 
     run.json        the resolved recipe, the model's full configuration, versions, machine, data hash
     records.jsonl   every optimizer step            (see recorder.py)
     probes.jsonl    signal, gradient, correlation, rank by layer
-    rollbacks.jsonl where a spike led back          (see rollback.py)
+    rollbacks.jsonl returns after spikes            (see rollback.py)
     checkpoint-N/   the last two, complete or ignored (see checkpoints.py)
-    checkpoints.json  which of them are the run's
+    checkpoints.json  those that the run wrote
     model/          the trained model with its tokenizer, for `from_pretrained`
     tensorboard/    for `tensorboard --logdir`
     result.json     written last
@@ -55,13 +55,13 @@ RESULT_SHAPE = {
     "placement": str, "depth_rule": str, "status": str, "reason": (str, None), "seed": int, "learning_rate": float,
     "steps_done": int, "val_loss": (float, None), "test_loss": (float, None), "bits_per_byte": (float, None),
 }  # fmt: skip
-"""What a finished run is asked for; see `spannorm.files.checked`."""
+"""The part of a result that other code reads; see `spannorm.files.checked`."""
 
 
 def model_config(recipe: Recipe, data: TokenData | None = None) -> SpanNormConfig:
-    """The model a recipe asks for, its vocabulary and end token taken from the data.
+    """The configuration of a recipe's model. Vocabulary and end token come from the data.
 
-    Without data the sizes are checked all the same, before any time is spent on tokens.
+    Without data the sizes are checked too, before tokens are prepared.
 
     Raises:
         InputError: an unknown key, impossible sizes, or a vocabulary smaller than the tokenizer's.
@@ -94,14 +94,14 @@ def train(
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
     stop_with_parent: bool = False,
 ) -> dict[str, Any]:
-    """Train what a recipe describes and return what `result.json` holds; a finished run is only read.
+    """Train a recipe's model and return the content of `result.json`. A finished run is only read.
 
     Args:
-        recipe: its `compare` section is not looked at.
-        out: the run's folder; a run begun there with the same recipe goes on from its last complete checkpoint.
-        data: the folder of the tokens, prepared there if they are not yet; None means `out/data`.
+        recipe: its `compare` section is ignored.
+        out: the run's folder. A run that began there with the same recipe goes on from its last complete checkpoint.
+        data: the folder of the tokens, which are prepared there if they are missing; None means `out/data`.
         on_step: called with every step's record.
-        stop_with_parent: stop, saved, when the process that started this one is gone.
+        stop_with_parent: save and stop when the process that started this one has ended.
 
     Raises:
         InputError: bad recipe, data or folder.
@@ -112,7 +112,7 @@ def train(
     passes(recipe.train, count())
     check_fits(recipe, config, count())
     with ExitStack() as held:
-        # A worker may have to wait for an orphan of a killed comparison, which leaves at the end of its step.
+        # A worker may have to wait for a process that a killed comparison left; it ends after its step.
         begun, result = on_first(lambda: _enter(held, recipe, out, wait=60.0 if stop_with_parent else 0.0))
         while result is None:
             result, begun = _train(recipe, out, data, on_step, stop_with_parent, begun), True
@@ -120,7 +120,7 @@ def train(
 
 
 def _enter(held: ExitStack, recipe: Recipe, out: Path, wait: float) -> tuple[bool, dict[str, Any] | None]:
-    """Take the folder for this run: whether it was begun there before, and its result if it was finished."""
+    """Claim the folder for this run. Returns whether it began there before, and its result if it is finished."""
     claim(out, folders.RUN)
     make_folder(out)
     held.enter_context(alone_in(out, wait))
@@ -136,7 +136,7 @@ def _train(
     stop_with_parent: bool,
     begun: bool,
 ) -> dict[str, Any] | None:
-    """Train to the end and return the result, or None after a rollback: then go on."""
+    """Train to the end and return the result. None means a rollback: the caller must call this again."""
     quiet()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -197,7 +197,7 @@ def _train(
 
 
 def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
-    """Describe the run, or hold it against its description: the checkpoint to go on from, if there is one."""
+    """Write the run's description, or compare with it. Returns the checkpoint to go on from, if there is one."""
     if not begun:
         with writing_to(out):
             write_json(out / RUN, describe(run_recipe(recipe), model, tokens))
@@ -237,7 +237,7 @@ def _finish(
 
 
 def _check_same_run(recipe: Recipe, out: Path) -> bool:
-    """Whether this run was begun in the folder before; another one there is an error."""
+    """Whether this run began in the folder before. Another run there is an error."""
     if not claim(out, folders.RUN):
         return False
     there, here = read_json(out / RUN)["recipe"], run_recipe(recipe)
@@ -248,7 +248,7 @@ def _check_same_run(recipe: Recipe, out: Path) -> bool:
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that one run depends on."""
+    """The part of a recipe on which one run depends."""
     raw = recipe.to_dict()
     del raw["compare"], raw["ladder"]
     return raw
@@ -285,7 +285,7 @@ def _probe(engine: Engine, batch: torch.Tensor) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Transformers' bars and notices would tear the live table; its errors still come through."""
+    """Turn off Transformers' progress bars and notices, which would break the live table. Errors are still raised."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The sequences cut from the tokens, in an order that (seed, epoch) fixes."""
+"""The sequences that are cut from the tokens, in an order that depends only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from spannorm.train.data import TokenData
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """The sequences of a split: consecutive windows of `sequence_length` tokens, a shorter rest left out.
+    """The sequences of a split: consecutive windows of `sequence_length` tokens. A shorter rest is left out.
 
-    Documents are packed: a window may begin inside a document and hold several. Attention crosses their
-    borders, which only the end-of-document token marks.
+    Documents are packed: a window may begin inside a document and hold several. Only the end-of-document token marks
+    their borders; attention crosses them.
 
     Item: `input_ids` and `labels`, each int64 of shape (sequence_length,) and equal: the model shifts.
     Raises `InputError` when the split is shorter than one window.
@@ -54,12 +54,12 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
     """All `count` sequences that a run sees, in order: item `i` is the same for every run of that `seed`.
 
     The windows of the training split (see `Windows`, also for the items and for how documents are packed)
-    are visited epoch after epoch, each time in another order. The order is drawn from (`seed`, epoch) alone,
-    so a run may resume at any item at once, and it does not change with NumPy's version.
+    are visited epoch after epoch, each time in another order. The order depends only on (`seed`, epoch). So a run can
+    resume at any item without reading earlier ones, and the order does not change with NumPy's version.
 
     Args:
-        left_out: stretches (from, to) of items that a rollback left out, in the order of the rollbacks: as from each,
-            items are taken from where it ended.
+        left_out: ranges (from, to) of items that a rollback left out, in the order of the rollbacks. After each `from`
+            the items go on at `to`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
 def evaluation_sequences(
     data: TokenData, split: str, sequence_length: int, count: int
 ) -> Dataset[dict[str, torch.Tensor]]:
-    """`count` windows spread evenly over a split, or all of them if there are fewer; the same for everybody.
+    """`count` windows spread evenly over a split, or all of them if there are fewer; the same for every run.
 
     They do not overlap; for the items and the `InputError` see `Windows`.
     """

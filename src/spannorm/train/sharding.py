@@ -1,7 +1,7 @@
-"""A model in shards: FSDP2 over all processes, on GPUs over NCCL and on CPUs over gloo alike.
+"""A model in shards: FSDP2 over all processes, with NCCL on GPUs and gloo on CPUs.
 
-Trainer leaves FSDP to Accelerate, which passes it over in silence on a CPU. So `fully_shard` is called here, Trainer is
-told to leave the model as it is, and what a test drives on CPUs is what runs on GPUs.
+Trainer leaves FSDP to Accelerate, which silently ignores it on a CPU. So this module calls `fully_shard` itself, and
+Trainer does not change the model. Tests on CPUs then run the same code as GPUs.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def sharded_model(config: SpanNormConfig, bf16: bool) -> SpanNormForCausalLM:
-    """The model, each block and the rest a unit of its own, split over the processes.
+    """The model, split over the processes. Each block is one unit, and the rest is one unit.
 
-    It is built on meta device and drawn shard by shard: the values are those of the whole model. With bf16 the blocks
-    are gathered in bf16 and their gradients reduced in fp32; the residual stream stays fp32, as under autocast alone.
+    It is built on meta device and drawn shard by shard, with the same values as the whole model. With bf16 the blocks
+    are gathered in bf16, and their gradients are reduced in fp32. The residual stream stays fp32, as under autocast.
     """
     if not distributed.is_initialized():  # one process: all shards are here
         distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def sharded_model(config: SpanNormConfig, bf16: bool) -> SpanNormForCausalLM:
 
 
 class ShardedEngine(Engine):
-    """`Engine` over a model in shards; its checkpoints are sharded safetensors, for any number of processes."""
+    """`Engine` for a model in shards. Its checkpoints are sharded safetensors, for any number of processes."""
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)

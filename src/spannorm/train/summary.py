@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start `run.json`, at its end the row of `results.json` that it is."""
+"""A run's description: `run.json` at its start, its row of `results.json` at its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spannorm.train.rollback import ROLLBACK, ROLLBACKS
 
 
 def describe(recipe: dict[str, Any], model: SpanNormForCausalLM, tokens: TokenData) -> dict[str, Any]:
-    """What `run.json` holds of a run that begins."""
+    """The content of `run.json` for a run that begins."""
     return {
         "recipe": recipe,
         "model_config": model.config.to_dict(),
@@ -46,8 +46,8 @@ def body_parameters(model: SpanNormForCausalLM) -> int:
 
 
 def flops_per_token(model: SpanNormForCausalLM, sequence_length: int) -> int:
-    """Operations of a training step per token: six a parameter that a token meets, and attention's products over the
-    whole sequence. What a placement does to its streams beside its own matrices is not in it."""
+    """Operations of a training step per token: six per parameter that a token uses, and attention's products over the
+    whole sequence. A placement's operations on its streams are not counted, except those of its own matrices."""
     c, head = model.config, model.lm_head.weight.numel()
     attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sequence_length
     return 6 * (body_parameters(model) - model.idle_parameters() + head) + attention
@@ -56,7 +56,7 @@ def flops_per_token(model: SpanNormForCausalLM, sequence_length: int) -> int:
 def summarize(
     recipe: Recipe, out: Path, model: SpanNormForCausalLM, tokens: TokenData, losses: dict[str, float]
 ) -> dict[str, Any]:
-    """The row of `results.json` that this run is."""
+    """This run's row of `results.json`."""
     t, config = recipe.train, model.config
     records = read_jsonl(out / RECORDS, RECORD)
     skipped = [r["step"] for r in records if r.get("skipped")]
@@ -67,7 +67,7 @@ def summarize(
     ramp = t.schedule == "ramp"
     # A ramp is meant to diverge: where it does so is its result.
     reason = None if ramp else failure(train_losses, spiked, losses["validation"], unigram)
-    # The first steps pay for warm caches and lazy allocation; a median does not see them, nor a busy neighbour.
+    # A median ignores the first steps, which warm caches and allocate memory, and other work on the machine.
     seconds = statistics.median(r["seconds"] for r in records)
     per_step = t.sequence_length * t.batch_size * t.accumulation
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]

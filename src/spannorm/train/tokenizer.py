@@ -1,4 +1,4 @@
-"""Text to token ids. Every tokenizer is a Hugging Face fast tokenizer, so it can be saved beside a model."""
+"""Text to token ids. Every tokenizer is a Hugging Face fast tokenizer, so that it can be saved with a model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def load_tokenizer(recipe: DataRecipe, training_documents: Callable[[], Iterator
     """The tokenizer that `recipe.tokenizer` names.
 
     - `bytes`: the id of a token is the value of its byte; 256 ends a document.
-    - `bpe`: byte-level BPE trained on `training_documents()`, with `recipe.vocab_size` tokens, or fewer when
-      no pair of tokens is left that occurs twice.
-    - any other: loaded from a local folder or the Hub, without running code that comes with it.
+    - `bpe`: byte-level BPE trained on `training_documents()`, with `recipe.vocab_size` tokens. It has fewer if no pair
+      of tokens occurs twice any more.
+    - any other: loaded from a local folder or the Hub, without running its code.
 
-    Raises `InputError` when it cannot be loaded, is not a fast tokenizer, or has no end-of-sequence token.
+    Raises `InputError` if it cannot be loaded, is not a fast tokenizer, or has no end-of-sequence token.
     """
     if recipe.tokenizer == "bytes":
         return _wrap(models.BPE(vocab=_byte_ids(), merges=[]), use_regex=False)
@@ -94,8 +94,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text in pieces of the same tokens: byte-level BPE never joins what a lone space parts. A stretch without
-    one, which no text has, is cut where it is."""
+    """A long text in pieces that give the same tokens, because byte-level BPE never joins text across a single space.
+
+    A long piece without a single space, which real text does not have, is cut anywhere."""
     start = 0
     while len(text) - start > _PIECE:
         end = start + _PIECE
@@ -122,7 +123,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _byte_ids() -> dict[str, int]:
-    """Byte-level BPE's character for each byte: itself where it prints, else one above 255."""
+    """Byte-level BPE's character for each byte: the byte's own if it is printable, otherwise one above 255."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printing = {ord(character) for character in alphabet if ord(character) < 256}
     others = iter(character for character in alphabet if ord(character) > 255)

@@ -1,4 +1,4 @@
-"""A recipe as a Python file for torchtitan. Text alone: torchtitan need not be installed here."""
+"""A recipe as a Python file for torchtitan. This only writes text, so torchtitan need not be installed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def {function}():
 
 
 def torchtitan_config(recipe: Recipe, tokens: TokenData) -> str:
-    """The file, for tokens that are prepared.
+    """The file, for tokens that are prepared already.
 
     Raises:
-        InputError: what torchtitan 0.3.0 has no counterpart for.
+        InputError: a setting that torchtitan 0.3.0 does not have.
     """
     config, t = model_config(recipe, tokens), recipe.train
     rope: Any = config.rope_parameters

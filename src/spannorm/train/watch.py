@@ -1,4 +1,4 @@
-"""Training under the live table."""
+"""Training with the live table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spannorm.train.run import model_config, train
 
 
 def train_and_show(recipe: Recipe, out: Path, *, data: Path | None = None) -> dict[str, Any]:
-    """`train`, watched in the terminal. Arguments, result and errors are those of `train`."""
+    """`train` with the live table in the terminal. Arguments, result and errors are those of `train`."""
     if not is_first():
         return train(recipe, out, data=data)
     config = model_config(recipe)

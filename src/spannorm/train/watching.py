@@ -11,15 +11,15 @@ from spannorm.probes import Watch
 
 
 class WatchCallback(TrainerCallback):
-    """Logs what `spannorm.probes.Watch` measures, every so many optimizer steps. Training stays bit-identical.
+    """Logs what `spannorm.probes.Watch` measures, every `every` optimizer steps. Training stays bit-identical.
 
         trainer = Trainer(model, args, train_dataset=data)
         trainer.add_callback(WatchCallback(trainer, every=50))
 
     Args:
-        trainer: whose `log` takes the numbers.
+        trainer: its `log` gets the numbers.
         every: optimizer steps between measurements; None means the Trainer's `logging_steps`.
-        blocks: path of the list of blocks, from the model; None means to look (`Watch`).
+        blocks: path of the list of blocks, from the model; None means to search for it (`Watch`).
         prefix: put before each name.
     """
 

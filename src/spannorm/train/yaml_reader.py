@@ -1,4 +1,4 @@
-"""The one way YAML is read: plain values alone, nothing twice, nothing that unfolds to many times its text."""
+"""The only YAML reader: plain values, no key twice, no aliases that expand to much more than the text."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text holds.
+    """The value of a YAML text.
 
     Raises:
         InputError: it is not YAML; it holds other kinds than null, booleans, numbers, text, lists and mappings; a key
-            twice; a whole number of more than 64 bits; an alias inside what it names, or so many that they unfold to
-            more than 100,000 values.
+            twice; a whole number of more than 64 bits; an alias inside the value that it names; or aliases that expand
+            to more than 100,000 values.
     """
     if len(text) > _LONGEST:
         raise InputError(f"{where} is longer than {_LONGEST:,} characters: that is no recipe.")
@@ -94,7 +94,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node unfolds to."""
+    """The number of values of a node after its aliases are expanded."""
     if id(node) in known:
         if not known[id(node)]:
             raise InputError(f"an alias stands inside what it names{_place(node)}.")
@@ -112,7 +112,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def _unshared(value: Any) -> Any:
-    """The value, and what an alias names once for every place where it stands: an override changes one of them."""
+    """The value. Each use of an alias gets its own copy, so that an override changes only one of them."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
