@@ -114,10 +114,12 @@ def _predict(
     gradient, shares = [], []
     for block, length, _ in reversed(stretches):
         arriving = kernels["total"]
-        power = _meeting(block.backward(arriving), body)
+        passed = block.backward(arriving)
+        power = _meeting(passed, body)
         shares.append([1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn")])
         for path in PATHS:
-            logs[path] += _descend(block, kernels, path, length, rates, body)
+            first = passed if path == "total" else block.backward(kernels[path], PATHS[path])
+            logs[path] += _descend(block, kernels, path, first, length, rates, body)
         gradient.append(logs["total"] + 0.5 * math.log(_meeting(kernels["total"], body)))
     at_embedding = {path: logs[path] + 0.5 * math.log(_meeting(kernels[path], body)) for path in PATHS}
 
@@ -173,16 +175,24 @@ def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
 
 
 def _descend(
-    block: Walk, kernels: dict[str, Kernels], path: str, length: int, rates: dict[str, float], body: Body
+    block: Walk,
+    kernels: dict[str, Kernels],
+    path: str,
+    first: Kernels,
+    length: int,
+    rates: dict[str, float],
+    body: Body,
 ) -> float:
-    """Bring a path's gradient `length` blocks further down; the logarithm of what it gains.
+    """Bring a path's gradient `length` blocks further down, of which `first` is what one block makes of it; the
+    logarithm of what it gains.
 
     In a long stretch the gain per block runs evenly from this block's to that of the block above the stretch.
     """
     start = kernels[path]
-    gains, below = [], [start]
-    for _ in range(min(length, 2)):
-        gain, scaled = _scaled(block.backward(below[-1], PATHS[path]), body)
+    gain, scaled = _scaled(first, body)
+    gains, below = [gain], [start, scaled]
+    if length > 1:
+        gain, scaled = _scaled(block.backward(scaled, PATHS[path]), body)
         gains.append(gain)
         below.append(scaled)
     rate_above = rates.get(path, gains[-1])
