@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from spannorm.cli import app
 from spannorm.errors import InputError
 from spannorm.train.data import TokenData
 from spannorm.train.recipe import Recipe
@@ -150,3 +152,15 @@ def test_a_shell_completes_placements_and_depth_rules_between_commas() -> None:
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=asked)
     assert ran.stdout.split() == ["pre,span", "pre,subln", "pre,siamese"], ran.stderr
     assert complete_rules("none,deepn") == ["none,deepnorm"]
+
+
+@pytest.mark.parametrize("verb", ["compare", "max-lr"])
+def test_json_of_a_comparison_is_what_its_folder_holds(
+    verb: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {"complete": False, "arms": [], "name": "tiny", "recipe": {"compare": {"protocol": {"seeds": []}}}}
+    monkeypatch.setattr("spannorm.lab.compare.compare", lambda recipe, folder, **_: {**results, "folder": str(folder)})
+    options = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")]
+    ran = CliRunner().invoke(app, [verb, str(path), *options])
+    assert ran.exit_code == 1, "not complete"
+    assert json.loads((tmp_path / "a.json").read_text()) == {**results, "folder": str(tmp_path / "out")}

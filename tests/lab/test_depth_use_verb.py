@@ -33,9 +33,22 @@ def folder(request: pytest.FixtureRequest, tokens: TokenData, tmp_path: Path) ->
 
 
 def test_it_writes_json_and_a_picture_of_any_model(folder: Path, tokens: TokenData) -> None:
-    ran = CliRunner().invoke(app, ["depth-use", str(folder), "--data", str(tokens.directory), "--sequences", "4"])
+    ran = CliRunner().invoke(
+        app,
+        [
+            "depth-use",
+            str(folder),
+            "--data",
+            str(tokens.directory),
+            "--sequences",
+            "4",
+            "--json",
+            str(folder / "a.json"),
+        ],
+    )
     assert ran.exit_code == 0, ran.output
     found = json.loads((folder / "depth-use" / "results.json").read_text())
+    assert json.loads((folder / "a.json").read_text()) == found
     assert found["sequences"] == 4 and found["sequence_length"] == 48
     assert len(found["angular_distance"]) == len(found["usefulness"]) == len(found["causal"]) == DEPTH
     assert len(found["logit_lens"]) == len(found["jacobian"]) == len(found["token_cosine"]) == DEPTH + 1

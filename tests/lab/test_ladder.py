@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from spannorm.cli import app
 from spannorm.errors import InputError
 from spannorm.lab.ladder.fit import Point, bootstrap, fit
 from spannorm.lab.ladder.outcome import outcome
@@ -188,3 +191,15 @@ def test_an_arm_that_fails_everywhere_ends_there():
     found = outcome(plan, results, None)
     assert list(found["fit"]["arms"]) == ["pre 1/sqrt(2L)"] and found["pairs"] == []
     assert "span 1/sqrt(L) failed at every learning rate of the smallest sizes: it has no curve" in found["words"]
+
+
+def test_the_forecast_is_json_too_and_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(RECIPE))
+    options = ["--out", str(tmp_path / "out"), "--plan", "--json", str(tmp_path / "plan.json")]
+    ran = CliRunner().invoke(app, ["ladder", str(tmp_path / "ladder.yaml"), *options])
+    assert ran.exit_code == 0, ran.output
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert [rung["name"] for rung in planned["rungs"]] == [rung.name for rung in rungs(recipe())]
+    assert planned["runs"] == sum(rung["runs"] for rung in planned["rungs"]) and planned["lines"][0] in ran.output
+    assert planned["hours"] == pytest.approx(sum(rung["hours"] for rung in planned["rungs"]))
+    assert not (tmp_path / "out").exists()

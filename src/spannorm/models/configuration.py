@@ -255,7 +255,12 @@ class SpanNormConfig(LlamaConfig):
             plan |= {f"{ffn}.gate_proj": columns, f"{ffn}.up_proj": columns, f"{ffn}.down_proj": rows}
         if self.num_experts and not gathered:
             plan |= {key: how for key, how in Qwen3MoeConfig.base_model_tp_plan.items() if ".experts" in key}
-        return plan
+        return plan | self.__dict__.get("base_model_tp_plan", {})
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # Transformers 5.17 adds the embedding of a tied model here, and leaves this name out of saved files
+        self.__dict__["base_model_tp_plan"] = {key: how for key, how in plan.items() if not key.startswith("layers.")}
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:

@@ -117,7 +117,11 @@ class Softmax:
 
     def at(self, table: Array, variance: Array) -> Array:
         """A table's value at each position's variance."""
-        return np.array([np.interp(v, self.variances, column) for v, column in zip(variance, table.T, strict=True)])
+        grid, t = self.variances, np.arange(len(variance))
+        inside = np.minimum(variance, grid[-1])
+        i = np.minimum(np.searchsorted(grid, inside, side="right"), len(grid) - 1) - 1
+        low, high = table[i, t], table[i + 1, t]
+        return low + (inside - grid[i]) / (grid[i + 1] - grid[i]) * (high - low)
 
 
 class Positions:

@@ -165,11 +165,13 @@ def _backward(
 
     for block, length, _ in reversed(stretches):
         arriving = covariances["total"]
-        power = _meeting(block.backward(arriving), body)
+        passed = block.backward(arriving)
+        power = _meeting(passed, body)
         attention, ffn = (1 - _meeting(block.backward(arriving, (b,)), body) / power for b in ("attn", "ffn"))
         shares.append((attention, ffn))
         for path in PATHS:
-            logs[path] += _descend(block, covariances, path, length, rates, body)
+            first = passed if path == "total" else block.backward(covariances[path], PATHS[path])
+            logs[path] += _descend(block, covariances, path, first, length, rates, body)
         gradient.append(at_input("total"))
         skip.append(at_input("skip"))
     return gradient[::-1], skip[::-1], shares[::-1], {path: at_input(path) for path in PATHS}
@@ -206,16 +208,24 @@ def _series(terms: Sequence[dict[Any, Array]], steps: int) -> dict[Any, Array]:
 
 
 def _descend(
-    block: Walk, covariances: dict[str, Covariances], path: str, length: int, rates: dict[str, float], body: Body
+    block: Walk,
+    covariances: dict[str, Covariances],
+    path: str,
+    first: Covariances,
+    length: int,
+    rates: dict[str, float],
+    body: Body,
 ) -> float:
-    """Move a path's gradient `length` blocks towards the input. Returns the logarithm of its gain.
+    """Move a path's gradient `length` blocks towards the input; `first` is that gradient after one of them. Returns the
+    logarithm of its gain.
 
     In a long stretch the gain per block changes linearly, from this block's to that of the block above the stretch.
     """
     start = covariances[path]
-    gains, below = [], [start]
-    for _ in range(min(length, 2)):
-        gain, scaled = _scaled(block.backward(below[-1], PATHS[path]), body)
+    gain, scaled = _scaled(first, body)
+    gains, below = [gain], [start, scaled]
+    if length > 1:
+        gain, scaled = _scaled(block.backward(scaled, PATHS[path]), body)
         gains.append(gain)
         below.append(scaled)
     rate_above = rates.get(path, gains[-1])

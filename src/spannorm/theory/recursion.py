@@ -183,4 +183,4 @@ def _parts(f: Any) -> list[Coefficients]:
     """The coefficients of a field's value, and those of its gradient."""
     coefficients = f.as_subclass(Tensor)
     halves = coefficients.numpy().reshape(2, -1, coefficients.shape[1])
-    return [{leaf: c for leaf, c in enumerate(half) if c.any()} for half in halves]
+    return [{leaf: half[leaf] for leaf in np.flatnonzero(half.any(axis=1)).tolist()} for half in halves]

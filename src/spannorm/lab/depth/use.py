@@ -13,11 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from spannorm.console import wide_console
+from spannorm.console import Grid, wide_console
 from spannorm.errors import InputError
 from spannorm.evaluate.tasks import quiet
 from spannorm.files import make_folder, write_bytes, write_json, writing_to
@@ -181,10 +180,12 @@ COLUMNS = {
 
 def print_use(results: dict[str, Any], console: Console | None = None) -> None:
     """Print a row per block; what is measured at a layer stands with the block that it leaves."""
-    table = Table(title=f"{results['model']}: loss {results['loss']:.4f} nats", title_justify="left", box=None)
-    for heading in ("block", *COLUMNS.values()):
-        table.add_column(heading, justify="right", no_wrap=True)
+    grid = Grid(f"{results['model']}: loss {results['loss']:.4f} nats")
+    grid.column("block", "number")
+    for heading in COLUMNS.values():
+        grid.column(heading, "spare")
     for block in range(len(results["angular_distance"])):
         values = [results[key][block + (key in ("logit_lens", "jacobian"))] for key in COLUMNS]
-        table.add_row(str(block), *("" if value is None else f"{value:.4f}" for value in values))
-    (console or wide_console()).print(table)
+        grid.row(str(block), *("–" if value is None else f"{value:.4f}" for value in values))
+    console = console or wide_console()
+    console.print(grid.fitted(console))

@@ -75,7 +75,7 @@ def forecast(recipe: Recipe) -> Forecast:
     runs, compute, hours = 0, 0.0, 0.0
     for i, rung in enumerate(plan.rungs):
         own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.entrants[i][0], 1e-3, 0)) / 3600
-        rungs.append({**asdict(rung), "runs": counts[i], "hours": own})
+        rungs.append({"name": rung.name, **asdict(rung), "runs": counts[i], "hours": own})
         runs, compute, hours = runs + counts[i], compute + counts[i] * rung.compute, hours + own
         lines.append(
             f"{rung.kind + ': ' + rung.name:36} {f'{rung.blocks} × {rung.width}':>15} {rung.heads:>5} {rung.ffn:>5} "
