@@ -121,7 +121,7 @@ LAB = {
     "jobs": {"results"},
     "ladder": {"jobs", "results"},
     "report": {"results", "ladder.fit"},
-    "depth": {"report.looks", "report.figures"},
+    "depth": {"report.looks", "report.figures", "report.library"},
 }
 
 
