@@ -6,7 +6,7 @@ name stands in the page's legend alone, so no stranger's text enters a script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,12 @@ class Chart:
 def legend(arms: Sequence[Arm]) -> list[Name]:
     """The names of the arms that figures show, in the order that the lines' numbers mean."""
     return [Name(arm.label, why(arm).strip(), arm.look) for arm in arms[:MAX_ARMS]]
+
+
+def legend_of(looks: Mapping[tuple[str, str], Look]) -> list[Name]:
+    """The names of all arms of a comparison, for figures across its conditions."""
+    names = {(one if one == other else f"{one} {other}"): look for (one, other), look in looks.items()}
+    return [Name(text, "", look) for text, look in names.items()][:MAX_ARMS]
 
 
 def with_charts(drawings: Sequence[Drawing], arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:

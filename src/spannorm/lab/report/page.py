@@ -30,7 +30,7 @@ from spannorm.lab.report.figures.layers import draw_layers
 from spannorm.lab.report.figures.panels import MAX_ARMS, STYLE, Drawing
 from spannorm.lab.report.figures.routing import draw_routing
 from spannorm.lab.report.figures.training import draw_ramps, draw_rates, draw_training
-from spannorm.lab.report.interactive import Name, legend, with_charts
+from spannorm.lab.report.interactive import Name, legend, legend_of, with_charts
 from spannorm.lab.report.looks import Look, looks
 from spannorm.lab.report.rows import TableRow, rows_of, strip
 from spannorm.lab.report.words import about, behind, count, number
@@ -92,6 +92,7 @@ def draw_report(directory: Path) -> Path:
         verdict=_headlines(results, ramps, races),
         pairs=[(race.title, pair) for race in races for pair in race.pairs if pair.p is not None],
         across=across,
+        across_legend=legend_of(_looks(groups)),
         tolerances=ramps,
         shares=SHARES,
         sections=sections,
@@ -119,7 +120,7 @@ def _drawn(
     unread: list[str],
 ) -> tuple[list[Section], Figures]:
     """Each group's section, and the figures across conditions. Call it inside `matplotlib.rc_context(STYLE)`."""
-    look = looks(dict.fromkeys(key for _, arms in groups for key in arms))
+    look = _looks(groups)
     folder = FigureFolder(directory / "figures")
     sections, by_table = [], dict[str, list[tuple[Mapping[str, Any], list[Arm]]]]()
     for i, (group, jobs_by_arm) in enumerate(groups):
@@ -140,6 +141,10 @@ def _drawn(
             draw_tolerances(its_ramps, look, peak) if its_ramps else draw_conditions(conditions), table
         )
     return sections, across
+
+
+def _looks(groups: Sequence[tuple[Group, JobsByArm]]) -> Looks:
+    return looks(dict.fromkeys(key for _, arms in groups for key in arms))
 
 
 def _all_detailed(groups: int) -> bool:

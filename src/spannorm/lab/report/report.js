@@ -1,6 +1,6 @@
 // The report: still figures become charts as they come into view, and a legend hides arms in all charts below it.
 if (live.supported()) {
-  for (const part of document.querySelectorAll(".part")) {
+  for (const part of document.querySelectorAll(".part:has(.live)")) {
     const buttons = [...part.querySelectorAll(".names button[data-arm]")];
     const names = buttons.map((button) => button.querySelector(".name").textContent);
     const hidden = new Set();
