@@ -11,7 +11,8 @@ import transformers
 from transformers import LlamaConfig
 
 from spannorm.models import SpanNormConfig, SpanNormForCausalLM, SpanNormModel
-from spannorm.rewiring.loading import BornRewired, config_of
+from spannorm.rewiring.families import FAMILIES
+from spannorm.rewiring.loading import BornRewired, born_with, config_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -42,6 +43,10 @@ MODELS = (*OURS, REWIRED)
 
 class Rewired(BornRewired):
     """A Llama that is rewired whenever it is made: the suites make models from configurations all the time."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        with born_with(FAMILIES["llama"]):
+            super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path: Any = None, *args: Any, **kwargs: Any) -> Any:

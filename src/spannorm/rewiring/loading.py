@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,18 @@ _ROW: ContextVar[Family] = ContextVar("row")
 """Of the model that is being loaded: an audit cannot run inside `from_pretrained`, where weights have no values."""
 
 
+@contextmanager
+def born_with(row: Family) -> Iterator[None]:
+    """Models of `BornRewired` classes are made by this row."""
+    token = _ROW.set(row)
+    try:
+        yield
+    finally:
+        _ROW.reset(token)
+
+
 class BornRewired:
-    """A model class whose instances rewire themselves before their weights are loaded."""
+    """A model class whose instances rewire themselves, inside `born_with`, before their weights are loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -68,13 +80,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     override(config, kwargs)
     row = _row(cls, config)
     kwargs["key_mapping"] = renamed = {**_renamed(row), **(kwargs.get("key_mapping") or {})}
-    token = _ROW.set(row)
-    try:
+    with born_with(row):
         model, info = adopted_class(cls, BornRewired).from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
-    finally:
-        _ROW.reset(token)
     # save_pretrained would give old names back
     used = getattr(model, "_weight_conversions", [])  # absent where shards were loaded
     model._weight_conversions = [c for c in used if c.source_patterns[0] not in renamed]
