@@ -146,8 +146,6 @@ def config_of(saved: dict[str, Any]) -> Any:
 class RewiredAuto:
     """How the Auto classes open a rewired model's folder (`trust_remote_code=True`): as `load` does."""
 
-    config_class = None
-
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: the folder says it."""
