@@ -112,7 +112,7 @@ class RewiredBody:
         if outputs.get("hidden_states"):
             states, layers = outputs["hidden_states"], attrgetter(self.layer_path)(self)
             # given indices, Transformers 5.17 leaves out what goes into the first layer
-            layers = layers[len(layers) + 1 - len(states) :]
+            layers = layers[max(0, len(layers) + 1 - len(states)) :]
             read = [x if x is None else layer.read(x) for layer, x in zip(layers, states, strict=False)]
             outputs["hidden_states"] = (*read, *states[len(read) :])
         as_tuple = (self.config.return_dict if return_dict is None else return_dict) is False
