@@ -158,7 +158,7 @@ def test_a_shell_completes_placements_and_depth_rules_between_commas() -> None:
 def test_json_of_a_comparison_is_what_its_folder_holds(
     verb: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = {"complete": False, "arms": [], "name": "tiny", "recipe": {"compare": {"protocol": {"seeds": []}}}}
+    results = {"complete": False, "jobs": [], "name": "tiny", "recipe": {"compare": {"protocol": {"seeds": []}}}}
     monkeypatch.setattr("spannorm.lab.compare.compare", lambda recipe, folder, **_: {**results, "folder": str(folder)})
     options = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "a.json")]
     ran = CliRunner().invoke(app, [verb, str(path), *options])

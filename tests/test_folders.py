@@ -296,7 +296,7 @@ def test_a_damaged_model_is_refused_in_words(saved: Path, name: str, harm: str, 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_many_damaged_models_are_refused_in_words(saved: Path, fresh: bool) -> None:
     run = settings(max_examples=2000, suppress_health_check=list(HealthCheck), derandomize=not fresh)(
-        given(*harms)(lambda *harm: opens_or_refuses(saved, *harm))
+        given(*harms)(lambda name, harm, at, junk: opens_or_refuses(saved, name, harm, at, junk))
     )
     seed(secrets.randbits(32) if fresh else 0)(run)()
 

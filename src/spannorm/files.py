@@ -255,10 +255,18 @@ def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for another process to leave.
 
     Raises:
-        InputError: another process works there.
+        InputError: another process works there, or the lock's name is taken by a folder or a link.
     """
-    until = time.monotonic() + wait
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)) as file:
+    until, path = time.monotonic() + wait, folder / ".lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP):
+            raise
+        raise InputError(
+            f"{path} is a folder or a link, and the lock must be a file: move it away, or choose another --out folder."
+        ) from None
+    with open(lock) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -76,3 +76,5 @@ def main() -> None:
             signal.signal(number, handler)
         if quick and "triton" not in sys.modules:  # whose bindings count what is left at the end, and complain
             gc.freeze()  # else the end of the process looks through everything once more: a third of a second
+        if quick:
+            gc.enable()
