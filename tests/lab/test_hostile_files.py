@@ -201,7 +201,7 @@ def test_edited_files_are_drawn_or_refused(small_pictures: None, where: str, edi
 @pytest.mark.parametrize("fresh", [False, True])
 def test_many_edited_files_are_drawn_or_refused(small_pictures: None, fresh: bool) -> None:
     run = given(kinds, changes)(lambda where, edits: draws_or_refuses(where, edits))  # it takes no defaults
-    run = settings(max_examples=600, suppress_health_check=list(HealthCheck), derandomize=not fresh)(run)
+    run = settings(max_examples=200, suppress_health_check=list(HealthCheck), derandomize=not fresh)(run)
     seed(secrets.randbits(32) if fresh else 0)(run)()
 
 
