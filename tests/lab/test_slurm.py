@@ -192,7 +192,7 @@ def test_faults_of_a_real_slurm_lose_no_more_than_a_checkpoint(comparison: Recip
             return node.ask("squeue", "--noheader", "--array", "--format=%A").split()
 
         def preempted(watcher, out) -> None:
-            node.ask("sbatch", "--partition=high", "--exclusive", "--time=1", "--wrap", "sleep 5")
+            node.ask("sbatch", "--partition=high", "--exclusive", "--time=1", "--output=/dev/null", "--wrap", "sleep 5")
 
         def killed_watcher(watcher, out):
             watcher.send_signal(signal.SIGKILL)

@@ -268,3 +268,14 @@ def test_most_causal_lms_of_transformers_are_rewired_by_what_the_audit_found():
         said = {name: rewired(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     assert sum(why in (BITS, ROUNDED) for why in said.values()) >= 120
     assert all(said.values())
+
+
+def test_a_family_may_hand_its_arguments_on_by_position():
+    from transformers import CpmAntConfig, CpmAntForCausalLM
+
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 24}
+    config = CpmAntConfig(**sizes, num_hidden_layers=2, prompt_types=4, prompt_length=4, segment_types=4)
+    model = CpmAntForCausalLM(config).eval()
+    before = model(IDS)
+    spannorm.rewire(model, "pre", depth_rule="none", init=False)
+    torch.testing.assert_close(model(IDS, return_dict=False)[0], before.logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -97,11 +98,13 @@ class RewiredBody:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = RewiredBody.forward
+        own, theirs = RewiredBody.forward, super().forward  # type: ignore[misc]
+        names = list(signature(theirs).parameters)[2:]  # behind self and the first
 
-        @wraps(super(RewiredBody, cls).forward)  # type: ignore[misc]
+        @wraps(theirs)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # clients read the family's signature
-            return own(self, *args, **kwargs)
+            by_name = dict(zip(names, args[1:], strict=False))  # CPM-Ant passes all by position, return_dict too
+            return own(self, *args[:1], **by_name, **kwargs)
 
         cls.forward = forward  # type: ignore[method-assign]
 
