@@ -99,12 +99,14 @@ class RewiredBody:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own, theirs = RewiredBody.forward, super().forward  # type: ignore[misc]
-        names = list(signature(theirs).parameters)[2:]  # behind self and the first
+        names = list(signature(theirs).parameters)[1:]  # without self
+        at = names.index("return_dict") if "return_dict" in names else None
 
         @wraps(theirs)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # clients read the family's signature
-            by_name = dict(zip(names, args[1:], strict=False))  # CPM-Ant passes all by position, return_dict too
-            return own(self, *args[:1], **by_name, **kwargs)
+            # CPM-Ant passes all by position, and `return_dict` is changed on the way
+            by_name = {} if at is None else dict(zip(names[at : len(args)], args[at:], strict=True))
+            return own(self, *args[:at], **by_name, **kwargs)
 
         cls.forward = forward  # type: ignore[method-assign]
 
