@@ -60,15 +60,18 @@ def advised_rule(placement: str, num_layers: int, body: Body | None = None, **op
     """The depth rule that keeps the gradient within a factor 2 and lets the branches carry the largest share of it.
 
     Candidates: the placement's own rule, none, 1/√L, 1/√(2L) and 1/L. None if no candidate keeps the gradient."""
-    own = PLACEMENTS[placement].default_depth_rule
-    best: tuple[float, str] | None = None
-    for rule in dict.fromkeys((own, "none", "1/sqrt(L)", "1/sqrt(2L)", "1/L")):
+    def share(rule: str) -> float | None:
         p = predict(placement, num_layers, depth_rule=rule, body=body, **options)
-        if abs(p.log_total_gain) <= math.log(FACTOR):
-            share = p.total_attention_share + p.total_ffn_share
-            if best is None or share > best[0] + 0.01:
-                best = share, rule
-    return best and best[1]
+        keeps = abs(p.log_total_gain) <= math.log(FACTOR)
+        return p.total_attention_share + p.total_ffn_share if keeps else None
+
+    own = PLACEMENTS[placement].default_depth_rule
+    best = own, share(own)
+    for rule in ("none", "1/sqrt(L)", "1/sqrt(2L)", "1/L"):  # each leaves the branches less than the one before it
+        if (carried := share(rule)) is not None:
+            best = (rule, carried) if best[1] is None or carried > best[1] + 0.01 else best
+            break
+    return best[0] if best[1] is not None else None
 
 
 def times(log_gain: float) -> str:
