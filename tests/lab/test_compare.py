@@ -205,9 +205,9 @@ def test_a_protocol_runs_to_its_verdict_and_never_runs_a_job_twice(comparison: R
     results = compare(recipe, tmp_path / "out")
     stages = [(arm["stage"], arm["seed"]) for arm in results["jobs"]]
     assert stages == [("choice", 0)] * 6 + [("confirmation", 1), ("confirmation", 2)] * 2 and results["complete"]
-    (race,) = results["summary"]
-    assert [s["trials"] for s in race["standings"]] == [3, 3] and len(race["pairs"]) == 1
-    assert race["pairs"][0]["words"] in (tmp_path / "out" / "report.html").read_text()
+    (condition,) = results["summary"]
+    assert [s["trials"] for s in condition["standings"]] == [3, 3] and len(condition["pairs"]) == 1
+    assert condition["pairs"][0]["words"] in (tmp_path / "out" / "report.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/jobs/*/records.jsonl")}
     assert compare(recipe, tmp_path / "out")["summary"] == results["summary"]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/jobs/*/records.jsonl")}

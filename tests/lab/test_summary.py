@@ -17,7 +17,7 @@ from spannorm.lab.jobs.plan import Job
 from spannorm.lab.report.figures.conditions import draw_tolerances
 from spannorm.lab.report.looks import looks
 from spannorm.lab.report.page import draw_report
-from spannorm.lab.results.summary import Race, summarize_races, summary_lines
+from spannorm.lab.results.summary import ConditionSummary, summarize_conditions, summary_lines
 from spannorm.lab.results.tolerance import tolerance_lines, tolerances
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
@@ -52,14 +52,16 @@ def losses(span: float = -0.02, noise: float = 1.0) -> Callable[[Job], float | N
     return loss
 
 
-def races(depths: tuple[int, ...] = (4,), seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **given: float) -> list[Race]:
+def conditions(
+    depths: tuple[int, ...] = (4,), seeds: tuple[int, ...] = (1, 2, 3, 4, 5), **given: float
+) -> list[ConditionSummary]:
     made = recipe(depths, seeds)
-    return summarize_races(played(made, losses(**given)), made.compare.protocol.pairs)
+    return summarize_conditions(played(made, losses(**given)), made.compare.protocol.pairs)
 
 
 def test_each_arm_stands_at_its_own_best_rate_with_its_fresh_seeds() -> None:
-    (race,) = races()
-    pre, span, post = race.standings
+    (condition,) = conditions()
+    pre, span, post = condition.standings
     assert (pre.learning_rate, pre.edge, pre.seeds, pre.trials) == (3e-3, False, 5, 3)
     assert (span.learning_rate, span.edge) == (9e-3, True)
     assert (post.learning_rate, post.edge, post.seeds, post.failed_rates) == (None, False, 0, RATES)
@@ -70,8 +72,8 @@ def test_each_arm_stands_at_its_own_best_rate_with_its_fresh_seeds() -> None:
 
 
 def test_a_pair_is_compared_seed_by_seed_on_the_test_split() -> None:
-    (race,) = races()
-    pair = race.pairs[0]
+    (condition,) = conditions()
+    pair = condition.pairs[0]
     assert pair.difference is not None
     assert pair.difference.mean == pytest.approx(-0.02) and pair.difference.margin == pytest.approx(
         2.776 * 1.5811e-3 / 5**0.5, rel=1e-3
@@ -89,11 +91,11 @@ def test_a_pair_is_compared_seed_by_seed_on_the_test_split() -> None:
     ],
 )
 def test_the_words_follow_the_numbers(given: dict[str, Any], says: str) -> None:
-    assert says in races(**given)[0].pairs[0].words
+    assert says in conditions(**given)[0].pairs[0].words
 
 
 def test_pairs_are_corrected_for_the_number_of_those_that_are_judged() -> None:
-    found = [pair for race in races((2, 3, 4), span=-0.0025) for pair in race.pairs]
+    found = [pair for condition in conditions((2, 3, 4), span=-0.0025) for pair in condition.pairs]
     judged = [pair for pair in found if pair.p is not None]
     assert len(judged) == 3 and len(found) == 6, "PostNorm failed: nothing is judged there"
     differences = [-0.0025 + RIPPLE[seed] for seed in (1, 2, 3, 4, 5)]
@@ -101,23 +103,23 @@ def test_pairs_are_corrected_for_the_number_of_those_that_are_judged() -> None:
     assert [pair.p_holm for pair in judged] == pytest.approx([3 * p for pair in judged if (p := pair.p)])
     assert 0.01 < (judged[0].p or 0) < 0.05 < (judged[0].p_holm or 0)
     assert "span none ends below pre none at 95%, but not after Holm over 3 pairs" in judged[0].words
-    lines = summary_lines(races((2, 3, 4), span=-0.0025))
+    lines = summary_lines(conditions((2, 3, 4), span=-0.0025))
     assert any(line.startswith("Of 3 pairs 3 differ at 95%") and "0 still do after Holm" in line for line in lines)
-    one = next(pair for race in races() for pair in race.pairs)
+    one = next(pair for condition in conditions() for pair in condition.pairs)
     assert one.p is not None and one.p_holm is None and "Holm" not in one.words
-    many = " ".join(summary_lines(races((2, 3, 4, 5, 6, 7), span=-0.0025)))
+    many = " ".join(summary_lines(conditions((2, 3, 4, 5, 6, 7), span=-0.0025)))
     assert "ends below it in 6 (2 blocks; 3 blocks;" in many and "7 blocks), after Holm in 0 of them" in many
 
 
 def test_what_fails_at_every_rate_is_not_compared() -> None:
-    (race,) = races()
-    assert race.pairs[1].difference is None
-    assert "post none failed at every learning rate" in race.pairs[1].words
+    (condition,) = conditions()
+    assert condition.pairs[1].difference is None
+    assert "post none failed at every learning rate" in condition.pairs[1].words
 
 
 def test_the_verdict_has_ten_lines_at_most_and_says_what_a_reader_must_know() -> None:
     for depths in ((4,), (2, 3, 4, 5, 6, 7)):
-        lines = summary_lines(races(depths))
+        lines = summary_lines(conditions(depths))
         assert 0 < len(lines) <= 10
         text = " ".join(lines)
         assert "Failed at every learning rate: post none" in text
@@ -133,7 +135,7 @@ def test_the_report_says_the_verdict_and_shows_fresh_seeds_apart_from_the_choice
     (tmp_path / "results.json").write_text(json.dumps(results | {"recipe": made.to_dict()}))
     page = re.sub(r"<style>.*?</style>", "", draw_report(tmp_path).read_text(), flags=re.DOTALL)
     words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
-    for line in summary_lines(summarize_races(results["jobs"], made.compare.protocol.pairs)):
+    for line in summary_lines(summarize_conditions(results["jobs"], made.compare.protocol.pairs)):
         assert line in words
     assert "3 learning rates on one seed and the validation split" in words and "5 fresh seeds" in words
     assert all(f"{depth} blocks" in words for depth in (2, 4, 8))

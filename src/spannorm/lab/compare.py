@@ -33,7 +33,7 @@ from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import ladder_outcome, sealed
 from spannorm.lab.report.page import draw_report
 from spannorm.lab.results.files import FORMAT, RESULTS, JobResult
-from spannorm.lab.results.summary import summarize_races
+from spannorm.lab.results.summary import summarize_conditions
 from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.data import TokenData, prepare_data
 from spannorm.train.environment import machine, versions
@@ -174,12 +174,12 @@ def _check_same_comparison(recipe: Recipe, out: Path) -> None:
 
 
 def _outcome(recipe: Recipe, runner: Runner, out: Path, jobs: list[JobResult], complete: bool) -> dict[str, Any]:
-    """What the jobs show: of a ladder its curves, under a protocol each race, of ramps each arm's tolerance."""
+    """What the jobs show: of a ladder its curves, under a protocol each condition, of ramps each arm's tolerance."""
     if recipe.ladder.sizes:
         return {"ladder": ladder_outcome(recipe, runner.results, out)} if complete else {}
     protocol = recipe.compare.protocol
     if protocol.seeds:
-        return {"summary": [asdict(race) for race in summarize_races(jobs, protocol.pairs)]}
+        return {"summary": [asdict(condition) for condition in summarize_conditions(jobs, protocol.pairs)]}
     return {"tolerances": [asdict(t) for t in measured]} if (measured := tolerances(jobs)) else {}
 
 

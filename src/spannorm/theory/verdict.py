@@ -60,6 +60,7 @@ def advised_rule(placement: str, num_layers: int, body: Body | None = None, **op
     """The depth rule that keeps the gradient within a factor 2 and lets the branches carry the largest share of it.
 
     Candidates: the placement's own rule, none, 1/√L, 1/√(2L) and 1/L. None if no candidate keeps the gradient."""
+
     def share(rule: str) -> float | None:
         p = predict(placement, num_layers, depth_rule=rule, body=body, **options)
         keeps = abs(p.log_total_gain) <= math.log(FACTOR)

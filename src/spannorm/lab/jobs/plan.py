@@ -54,11 +54,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Entrant:
+class ArmInCondition:
     """An arm under one condition, in one table."""
 
     table: str
-    arm: Mapping[str, Any]
+    overrides: Mapping[str, Any]
+    """The arm's own, by dotted key."""
     condition: Mapping[str, Any]
 
 
@@ -85,26 +86,28 @@ class Plan:
         self.rates = recipe.compare.grid.get(RATE, (recipe.train.learning_rate,))
         self.seeds = recipe.compare.grid.get(SEED, (recipe.train.seed,))
         _check_keys(recipe)
-        self.races: dict[tuple[str, str], list[Entrant]] = {}
-        for overrides_of_arm in recipe.compare.arms:
+        self.conditions: dict[tuple[str, str], list[ArmInCondition]] = {}
+        for given in recipe.compare.arms:
             for values in itertools.product(*grid.values()):
-                arm: dict[str, Any] = dict(overrides_of_arm)
+                own: dict[str, Any] = dict(given)
                 condition: dict[str, Any] = {}
-                table = str(arm.pop("table", ""))
+                table = str(own.pop("table", ""))
                 for key, value in zip(grid, values, strict=True):
                     overrides = value if isinstance(value, Mapping) else {key: value}
-                    (arm if key in IDENTITY else condition).update(overrides)
-                self.races.setdefault((table, json.dumps(condition)), []).append(Entrant(table, arm, condition))
-        first: dict[tuple[str, str], Entrant] = {}
-        for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
-            job = self.job(entrant, rate, seed)
-            if (entrant.table, job.name) in first:
-                this, twin = ({**e.arm, **e.condition} for e in (entrant, first[entrant.table, job.name]))
+                    (own if key in IDENTITY else condition).update(overrides)
+                self.conditions.setdefault((table, json.dumps(condition)), []).append(
+                    ArmInCondition(table, own, condition)
+                )
+        first: dict[tuple[str, str], ArmInCondition] = {}
+        for arm, rate, seed in itertools.product(self._arms(), self.rates, self.seeds):
+            job = self.job(arm, rate, seed)
+            if (arm.table, job.name) in first:
+                this, twin = ({**e.overrides, **e.condition} for e in (arm, first[arm.table, job.name]))
                 raise InputError(
                     f"compare lists the same run twice: {shown(this)} and {shown(twin)} are both {job.arm}, learning "
                     f"rate {rate:g}, seed {seed}. Take one out: a run counts once."
                 )
-            first[entrant.table, job.name] = entrant
+            first[arm.table, job.name] = arm
         self.pairs = self._checked_pairs()
         if self.protocol.seeds:
             self._check_protocol()
@@ -113,33 +116,33 @@ class Plan:
         """Every run that can be known from the finished ones, in the order in which to run them."""
         jobs: dict[str, Job] = {}
 
-        def add(entrant: Entrant, rate: float, seed: int, stage: str) -> None:
-            job = self.job(entrant, rate, seed)
+        def add(arm: ArmInCondition, rate: float, seed: int, stage: str) -> None:
+            job = self.job(arm, rate, seed)
             tables = jobs[job.name].tables if job.name in jobs else ()
-            jobs[job.name] = replace(job, tables=tuple(dict.fromkeys([*tables, entrant.table])), stage=stage)
+            jobs[job.name] = replace(job, tables=tuple(dict.fromkeys([*tables, arm.table])), stage=stage)
 
         if not self.protocol.seeds:
-            for entrant, rate, seed in itertools.product(self._entrants(), self.rates, self.seeds):
-                add(entrant, rate, seed, "")
+            for arm, rate, seed in itertools.product(self._arms(), self.rates, self.seeds):
+                add(arm, rate, seed, "")
             return list(jobs.values())
         confirmed = []
-        for race in self.races.values():
-            rates, settled = self.grid_of(race, done)
-            for entrant, rate in itertools.product(race, rates):
-                add(entrant, rate, self.seeds[0], "choice")
+        for arms in self.conditions.values():
+            rates, settled = self.grid_of(arms, done)
+            for arm, rate in itertools.product(arms, rates):
+                add(arm, rate, self.seeds[0], "choice")
             if settled:
-                best = [(entrant, self.best_rate(entrant, rates, done)) for entrant in race]
-                confirmed += [(entrant, rate) for entrant, rate in best if rate is not None]
-        for entrant, rate in confirmed:
+                best = [(arm, self.best_rate(arm, rates, done)) for arm in arms]
+                confirmed += [(arm, rate) for arm, rate in best if rate is not None]
+        for arm, rate in confirmed:
             for seed in self.protocol.seeds:
-                add(entrant, rate, seed, "confirmation")
+                add(arm, rate, seed, "confirmation")
         return list(jobs.values())
 
-    def _entrants(self) -> list[Entrant]:
-        return [entrant for race in self.races.values() for entrant in race]
+    def _arms(self) -> list[ArmInCondition]:
+        return [arm for arms in self.conditions.values() for arm in arms]
 
-    def grid_of(self, race: Sequence[Entrant], done: Done) -> tuple[list[float], bool]:
-        """The grid of one race, and whether it is settled.
+    def grid_of(self, arms: Sequence[ArmInCondition], done: Done) -> tuple[list[float], bool]:
+        """The grid of one condition, and whether it is settled.
 
         It grows by one rate beyond an edge, for every arm alike, as long as some arm has its best there; an arm that
         failed throughout looks for a lower one.
@@ -147,8 +150,8 @@ class Plan:
         rates = sorted(self.rates)
         below, above = rates[0] / rates[1], rates[-1] / rates[-2]
         left = {0: self.protocol.extensions, -1: self.protocol.extensions}
-        while all(self.job(e, rate, self.seeds[0]).name in done for e in race for rate in rates):
-            best = [self.best_rate(entrant, rates, done) for entrant in race]
+        while all(self.job(e, rate, self.seeds[0]).name in done for e in arms for rate in rates):
+            best = [self.best_rate(arm, rates, done) for arm in arms]
             edges = [0] * any(b in (None, rates[0]) for b in best) + [-1] * any(b == rates[-1] for b in best)
             edges = [edge for edge in edges if left[edge]]
             if not edges:
@@ -159,15 +162,15 @@ class Plan:
                 left[edge] -= 1
         return rates, False
 
-    def best_rate(self, entrant: Entrant, rates: Sequence[float], done: Done) -> float | None:
+    def best_rate(self, arm: ArmInCondition, rates: Sequence[float], done: Done) -> float | None:
         """The learning rate of the lowest loss; None where every one failed."""
-        losses = {rate: done[self.job(entrant, rate, self.seeds[0]).name] for rate in rates}
+        losses = {rate: done[self.job(arm, rate, self.seeds[0]).name] for rate in rates}
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(finite, key=lambda rate: finite[rate]) if finite else None
 
-    def job(self, entrant: Entrant, rate: float, seed: int) -> Job:
+    def job(self, arm: ArmInCondition, rate: float, seed: int) -> Job:
         """The run of an arm under its condition, at one learning rate and seed."""
-        overrides = {**entrant.arm, **entrant.condition}
+        overrides = {**arm.overrides, **arm.condition}
         overrides |= {key: v for key, v in ((RATE, rate), (SEED, seed)) if v != self._own(key) or self._in_grid(key)}
         key = json.dumps(overrides)
         if key not in self._made:
@@ -183,9 +186,9 @@ class Plan:
             digest = hashlib.sha256(text.encode()).hexdigest()[:8]
             words = f"{placement}-{rule}-lr{t.learning_rate:g}-seed{t.seed}"
             folder = re.sub(r"[^\w.+-]+", "_", words.replace("/", "-"))[:_LONGEST_FOLDER] + f"-{digest}"
-            extras = [f"{self._short(k)}={v}" for k, v in entrant.arm.items() if k not in (*IDENTITY, RATE, SEED)]
-            arm = " ".join([placement, rule, *extras])
-            job = Job(folder, overrides, recipe, arm, entrant.condition, (entrant.table,))
+            extras = [f"{self._short(k)}={v}" for k, v in arm.overrides.items() if k not in (*IDENTITY, RATE, SEED)]
+            name = " ".join([placement, rule, *extras])
+            job = Job(folder, overrides, recipe, name, arm.condition, (arm.table,))
             # one run, however its arm is spelled: a placement's own depth rule may be said or not
             self._made[key] = self._runs.setdefault(json.dumps(resolved_run, sort_keys=True), job)
         return self._made[key]
@@ -221,9 +224,9 @@ class Plan:
             if len(pair) != 2:
                 raise InputError(f"compare.protocol.pairs takes two arms each; got {list(pair)}.")
             in_tables = []
-            for table in dict.fromkeys(entrant.table for entrant in self._entrants()):
+            for table in dict.fromkeys(arm.table for arm in self._arms()):
                 arms = dict.fromkeys(
-                    self.job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants() if e.table == table
+                    self.job(e, self.rates[0], self.seeds[0]).arm for e in self._arms() if e.table == table
                 )
                 first, second = (arms_named(name, arms) for name in pair)
                 if len(first) > 1 or len(second) > 1 or (first and first == second):
@@ -233,7 +236,7 @@ class Plan:
                     )
                 in_tables += [(table, first[0], second[0])] if first and second else []
             if not in_tables:
-                every = dict.fromkeys(self.job(e, self.rates[0], self.seeds[0]).arm for e in self._entrants())
+                every = dict.fromkeys(self.job(e, self.rates[0], self.seeds[0]).arm for e in self._arms())
                 wrong = next((name for name in pair if not arms_named(name, every)), pair[0])
                 raise unknown("arm in compare.protocol.pairs", wrong, every)
             pairs += in_tables

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spannorm.errors import InputError
-from spannorm.lab.jobs.plan import RATE, SEED, Done, Entrant, Job, Plan
+from spannorm.lab.jobs.plan import RATE, SEED, ArmInCondition, Done, Job, Plan
 from spannorm.lab.ladder.sizes import Rung, rungs
 from spannorm.train.needs import Needs
 from spannorm.train.recipe import Recipe
@@ -54,14 +54,14 @@ class LadderPlan:
             raise InputError(f"a ladder chooses each arm's {RATE} and {SEED}: take them out of compare.arms.")
         grid["rung"] = tuple(rung.overrides for rung in self.rungs)
         self.plan = Plan(replace(recipe, compare=replace(recipe.compare, grid=grid)), here)
-        self.entrants: list[list[Entrant]] = list(self.plan.races.values())
+        self.arms_at: list[list[ArmInCondition]] = list(self.plan.conditions.values())
         """By rung, in the order of the arms."""
         self.seeds = recipe.compare.protocol.seeds or (recipe.train.seed,)
 
     @property
     def arms(self) -> list[str]:
         """Full names, in the order of the recipe."""
-        return [self.plan.job(e, self.plan.rates[0], self.plan.seeds[0]).arm for e in self.entrants[0]]
+        return [self.plan.job(e, self.plan.rates[0], self.plan.seeds[0]).arm for e in self.arms_at[0]]
 
     @property
     def largest(self) -> Needs | None:
@@ -82,38 +82,38 @@ class LadderPlan:
         """As `jobs`, each with its rung and stage."""
         steps: dict[str, Step] = {}
 
-        def add(i: int, entrant: Entrant, rate: float, seed: int, stage: str) -> None:
-            job = self.plan.job(entrant, rate, seed)
+        def add(i: int, arm: ArmInCondition, rate: float, seed: int, stage: str) -> None:
+            job = self.plan.job(arm, rate, seed)
             steps.setdefault(job.name, Step(job, self.rungs[i], stage))
 
         last, ladder, seed = self.sizes - 1, self.recipe.ladder, self.recipe.train.seed
         settled = True
         for i in range(ladder.rate_sizes):
-            rates, ready = self.plan.grid_of(self.entrants[i], done)
+            rates, ready = self.plan.grid_of(self.arms_at[i], done)
             settled &= ready
-            for entrant in self.entrants[i]:
+            for each in self.arms_at[i]:
                 for rate in rates:
-                    add(i, entrant, rate, seed, RATE_STAGE)
+                    add(i, each, rate, seed, RATE_STAGE)
         if not settled:
             return list(steps.values())
-        for arm in range(len(self.entrants[0])):
+        for arm in range(len(self.arms_at[0])):
             best = self.best(arm, ladder.rate_sizes - 1, done)
             if best is None:
                 continue  # it failed at every rate
             i = ladder.rate_sizes
             for factor in (1.0, *_APART):
                 rate = self.carried(best, i)
-                add(i, self.entrants[i][arm], _rounded(rate * factor), seed, CHECK)
+                add(i, self.arms_at[i][arm], _rounded(rate * factor), seed, CHECK)
             for i in [i for i in range(len(self.rungs)) if i != last]:
                 own = self.best(arm, i, done) if i < ladder.rate_sizes else self.carried(best, i)
                 if own is not None:
                     for fresh in self.seeds_of(i):
-                        add(i, self.entrants[i][arm], own, fresh, RUNG)
+                        add(i, self.arms_at[i][arm], own, fresh, RUNG)
         if sealed and all(name in done for name in steps):
-            for arm in range(len(self.entrants[0])):
+            for arm in range(len(self.arms_at[0])):
                 if (best := self.best(arm, ladder.rate_sizes - 1, done)) is not None:
                     for fresh in self.seeds_of(last):
-                        add(last, self.entrants[last][arm], self.carried(best, last), fresh, HELD_OUT)
+                        add(last, self.arms_at[last][arm], self.carried(best, last), fresh, HELD_OUT)
         return list(steps.values())
 
     def seeds_of(self, i: int) -> Sequence[int]:
@@ -122,8 +122,8 @@ class LadderPlan:
 
     def best(self, arm: int, i: int, done: Done) -> float | None:
         """An arm's best rate at one of the smallest sizes."""
-        rates, _ = self.plan.grid_of(self.entrants[i], done)
-        return self.plan.best_rate(self.entrants[i][arm], rates, done)
+        rates, _ = self.plan.grid_of(self.arms_at[i], done)
+        return self.plan.best_rate(self.arms_at[i][arm], rates, done)
 
     def carried(self, best: float, i: int) -> float:
         """The best rate of the last of the smallest sizes, times its width over this one's."""

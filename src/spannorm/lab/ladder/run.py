@@ -74,7 +74,7 @@ def forecast(recipe: Recipe) -> Forecast:
     rungs: list[dict[str, Any]] = []
     runs, compute, hours = 0, 0.0, 0.0
     for i, rung in enumerate(plan.rungs):
-        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.entrants[i][0], 1e-3, 0)) / 3600
+        own = counts[i] * rung.tokens * _seconds_per_token(plan.plan.job(plan.arms_at[i][0], 1e-3, 0)) / 3600
         rungs.append({"name": rung.name, **asdict(rung), "runs": counts[i], "hours": own})
         runs, compute, hours = runs + counts[i], compute + counts[i] * rung.compute, hours + own
         lines.append(

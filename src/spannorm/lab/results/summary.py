@@ -60,7 +60,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Race:
+class ConditionSummary:
     """Arms that met under one condition, in one table."""
 
     table: str
@@ -73,27 +73,27 @@ class Race:
         return title(self.table, self.condition)
 
 
-def summarize_races(jobs: Sequence[JobResult], pairs: Sequence[Sequence[str]]) -> list[Race]:
-    """Every race of a comparison under a protocol.
+def summarize_conditions(jobs: Sequence[JobResult], pairs: Sequence[Sequence[str]]) -> list[ConditionSummary]:
+    """Every condition of a comparison under a protocol.
 
     Args:
         pairs: by the arms' full names, or by a placement that one arm has.
     """
-    races = []
+    summaries = []
     for group in groups_of(jobs):
         arms = by_name(group.jobs)
         named = [[arm for name in pair for arm in arms_named(name, arms)] for pair in pairs]
         compared = [_pair(both[0], both[1], arms) for both in named if len(both) == 2]
         standings = [_standing(arm, its_jobs) for arm, its_jobs in arms.items()]
-        races.append(Race(group.table, group.condition, standings, compared))
-    return _corrected(races)
+        summaries.append(ConditionSummary(group.table, group.condition, standings, compared))
+    return _corrected(summaries)
 
 
-def _corrected(races: Sequence[Race]) -> list[Race]:
-    """The races with each pair's p-value corrected for the number of pairs that are judged, of all conditions."""
-    judged = [pair.p for race in races for pair in race.pairs if pair.p is not None]
+def _corrected(summaries: Sequence[ConditionSummary]) -> list[ConditionSummary]:
+    """The conditions with each pair's p-value corrected for the number of pairs that are judged, of all conditions."""
+    judged = [pair.p for summary in summaries for pair in summary.pairs if pair.p is not None]
     if len(judged) < 2:
-        return list(races)
+        return list(summaries)
     corrected = iter(holm(judged))
 
     def pair_of(pair: Pair) -> Pair:
@@ -103,7 +103,7 @@ def _corrected(races: Sequence[Race]) -> list[Race]:
         words = pair_in_words(pair.first, pair.second, pair.difference, pair.failures, p, len(judged))
         return replace(pair, p_holm=p, words=words)
 
-    return [replace(race, pairs=[pair_of(pair) for pair in race.pairs]) for race in races]
+    return [replace(summary, pairs=[pair_of(pair) for pair in summary.pairs]) for summary in summaries]
 
 
 def arms_named(name: str, arms: Iterable[str]) -> list[str]:
@@ -164,9 +164,9 @@ def _pair(first: str, second: str, arms: Mapping[str, list[JobResult]]) -> Pair:
     return Pair(first, second, difference, failures, pair_in_words(first, second, difference, failures), p)
 
 
-def summary_lines(races: Sequence[Race]) -> list[str]:
+def summary_lines(summaries: Sequence[ConditionSummary]) -> list[str]:
     """The whole comparison in ten lines at most: the pairs first, then what failed and what a reader must know."""
-    pairs = [(race.title, pair) for race in races for pair in race.pairs]
+    pairs = [(summary.title, pair) for summary in summaries for pair in summary.pairs]
     lines = [f"{f'{where}: ' if where else ''}{pair.words}." for where, pair in pairs]
     if len(lines) > _MOST_LINES - 3:
         lines = [_over_conditions(pairs, names) for names in dict.fromkeys((p.first, p.second) for _, p in pairs)]
@@ -177,7 +177,7 @@ def summary_lines(races: Sequence[Race]) -> list[str]:
             f"Of {len(judged)} pairs {len(different)} differ at {LEVEL:.0%}, where about one in twenty would by chance "
             f"alone; {sum(stands(pair.p_holm) for pair in different)} still do after Holm over {len(judged)} pairs."
         )
-    standings = [(race.title, standing) for race in races for standing in race.standings]
+    standings = [(summary.title, standing) for summary in summaries for standing in summary.standings]
     lost = [(where, s.arm) for where, s in standings if len(s.failed_rates) == s.trials > 0]
     lines += _listed("Failed at every learning rate", lost)
     edge = [(where, s.arm) for where, s in standings if s.edge]
