@@ -122,6 +122,9 @@ class Add(nn.Module):
     def forward(self, x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) -> Stream:
         return scaled_add(x, f, skip=skip, branch=branch)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "dyt": DyT}
 
