@@ -34,8 +34,9 @@ class Body:
         embedding_multiplier: what the embedding is multiplied with.
         norm: the norms' kind. LayerNorm is treated as RMSNorm, because a wide field has mean 0.
         eps: the norms' epsilon.
-        num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, shared_expert_intermediate_size,
-        decoder_sparse_step: as in `spannorm.models.SpanNormConfig`; no experts make a dense model.
+        num_experts, num_experts_per_tok, moe_intermediate_size: as in `spannorm.models.SpanNormConfig`; 0 experts make
+            a dense model.
+        norm_topk_prob, shared_expert_intermediate_size, decoder_sparse_step: as there.
         num_layers: L, which only base init `tiny` uses; `predict` fills it in.
     """
 
