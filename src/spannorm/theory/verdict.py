@@ -46,7 +46,8 @@ def verdict(p: Prediction, body: Body | None = None, **options: Any) -> Verdict:
     while exceeds - keeps > 1:
         middle = (keeps + exceeds) // 2
         keeps, exceeds = (keeps, middle) if abs(log_gain(middle)) > math.log(FACTOR) else (middle, exceeds)
-    words = f"the gradient {kind} {times(gain)}, beyond a factor {FACTOR:g} from {exceeds} blocks on{_skip(p)}"
+    depth = f"{exceeds} block{'s' * (exceeds > 1)}"
+    words = f"the gradient {kind} {times(gain)}, beyond a factor {FACTOR:g} from {depth} on{_skip(p)}"
     return Verdict(kind, exceeds, words)
 
 
