@@ -146,11 +146,7 @@ def _train(
     t = recipe.train
     if t.evaluate:
         on_first(lambda: bool(tasks_of(t, tokens, config.max_position_embeddings)))  # an error now, not after training
-    per_step = t.batch_size * t.accumulation
-    left_out = [
-        (r["to"] * per_step, r["step"] * per_step) for r in on_first(lambda: read_jsonl(out / ROLLBACKS, ROLLBACK))
-    ]
-    sequences = TrainingSequences(tokens, t.sequence_length, t.steps * per_step, t.seed, left_out)
+    sequences = _training_sequences(recipe, tokens, out)
     held_out = {
         split: evaluation_sequences(tokens, split, t.sequence_length, t.evaluation_sequences)
         for split in ("validation", "test")
@@ -189,11 +185,18 @@ def _train(
         }
         collapsed = None
         if t.collapse and not recorder.diverged:
-            ids: list[Any] = [probed[i]["input_ids"] for i in range(len(probed))]  # type: ignore[arg-type]
-            other: list[Any] = [held_out["test"][i]["input_ids"] for i in range(len(held_out["test"]))]  # type: ignore[arg-type]
+            ids, other = ([d[i]["input_ids"] for i in range(len(d))] for d in held_out.values())  # type: ignore[arg-type]
             collapsed = finite(collapse(model, ids, t.batch_size, engine.args.bf16, fit=other))
         weights = engine.whole_weights()
         return on_first(lambda: _finish(recipe, out, model, weights, tokens, losses, collapsed))
+
+
+def _training_sequences(recipe: Recipe, tokens: TokenData, out: Path) -> TrainingSequences:
+    """The run's sequences in their order, without those that rollbacks have left out."""
+    t, per_step = recipe.train, recipe.train.batch_size * recipe.train.accumulation
+    rollbacks = on_first(lambda: read_jsonl(out / ROLLBACKS, ROLLBACK))
+    left_out = [(r["to"] * per_step, r["step"] * per_step) for r in rollbacks]
+    return TrainingSequences(tokens, t.sequence_length, t.steps * per_step, t.seed, left_out)
 
 
 def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenData, begun: bool) -> Path | None:
