@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from spannorm.lab.jobs.plan import Job
 from spannorm.lab.report.figures.conditions import draw_tolerances
 from spannorm.lab.report.looks import looks
 from spannorm.lab.report.page import draw_report
-from spannorm.lab.results.summary import ConditionSummary, summarize_conditions, summary_lines
+from spannorm.lab.results.summary import ConditionSummary, summaries_of, summarize_conditions, summary_lines
 from spannorm.lab.results.tolerance import tolerance_lines, tolerances
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
@@ -109,6 +110,16 @@ def test_pairs_are_corrected_for_the_number_of_those_that_are_judged() -> None:
     assert one.p is not None and one.p_holm is None and "Holm" not in one.words
     many = " ".join(summary_lines(conditions((2, 3, 4, 5, 6, 7), span=-0.0025)))
     assert "ends below it in 6 (2 blocks; 3 blocks;" in many and "7 blocks), after Holm in 0 of them" in many
+
+
+def test_what_has_not_been_run_is_called_so() -> None:
+    made = recipe((2, 3, 4, 5, 6, 7))
+    chosen = [job for job in played(made, losses()) if job["stage"] == "choice"]
+    lines = " ".join(summary_lines(summarize_conditions(chosen, made.compare.protocol.pairs)))
+    assert "not compared yet in 6" in lines and "no difference shown" not in lines
+    ladder = replace(made, ladder=replace(made.ladder, sizes=(1, 2, 3, 4)))
+    assert summaries_of({"recipe": made.to_dict(), "jobs": chosen})
+    assert not summaries_of({"recipe": ladder.to_dict(), "jobs": chosen}), "a ladder's seeds are for its curves"
 
 
 def test_what_fails_at_every_rate_is_not_compared() -> None:

@@ -36,7 +36,7 @@ from spannorm.lab.report.rows import TableRow, rows_of, strip
 from spannorm.lab.report.words import about, behind, count, number
 from spannorm.lab.results.files import RESULTS, JobResult, read_results
 from spannorm.lab.results.groups import Group, JobsByArm, by_arm, groups_of, values_of
-from spannorm.lab.results.summary import ConditionSummary, summarize_conditions, summary_lines
+from spannorm.lab.results.summary import ConditionSummary, summaries_of, summary_lines
 from spannorm.lab.results.tolerance import Tolerance, tolerance_lines, tolerances
 from spannorm.train.health import CRITERIA
 from spannorm.train.ramp import SHARES
@@ -75,7 +75,7 @@ def draw_report(directory: Path) -> Path:
     results = read_results(directory / RESULTS)
     jobs: list[JobResult] = results["jobs"]
     groups = [(group, by_arm(group.jobs)) for group in groups_of(jobs)]
-    ramps, conditions = tolerances(jobs), _conditions(results)
+    ramps, conditions = tolerances(jobs), summaries_of(results)
     page_file = directory / "report.html"
     if os.path.lexists(page_file) and not begins(page_file, "spannorm", within=1 << 16):
         raise InputError(f"{page_file} was not written by this command: move it to another place.")
@@ -181,14 +181,6 @@ def _environment() -> Environment:
     return environment
 
 
-def _conditions(results: Mapping[str, Any]) -> list[ConditionSummary]:
-    """The conditions of a comparison under a protocol; none where there was no protocol, or where it is a ladder's."""
-    protocol = (results["recipe"].get("compare") or {}).get("protocol") or {}
-    if not protocol.get("seeds") or results["ladder"]:
-        return []
-    return summarize_conditions(results["jobs"], protocol.get("pairs") or [])
-
-
 def _headlines(
     results: Mapping[str, Any], ramps: Sequence[Tolerance], conditions: Sequence[ConditionSummary]
 ) -> list[str]:
@@ -197,7 +189,7 @@ def _headlines(
         return tolerance_lines(ramps)
     if results["ladder"]:
         return [str(line) for line in results["ladder"].get("words") or ()]
-    return summary_lines(conditions) if conditions else []
+    return summary_lines(conditions)
 
 
 def _details(arms: Sequence[Arm], unigram: float | None, ramp: bool) -> list[Drawing]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from spannorm.console import Grid, say, wide_console
 from spannorm.lab.results.files import RESULTS
 from spannorm.lab.results.groups import by_arm, groups_of
-from spannorm.lab.results.summary import summarize_conditions, summary_lines
+from spannorm.lab.results.summary import summaries_of, summary_lines
 
 
 def print_results(results: dict[str, Any], out: Path, console: Console | None = None) -> None:
@@ -48,10 +48,8 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
                 style="red" if job["status"] == "failed" else "",
             )
         console.print(grid.fitted(console))
-    protocol = results["recipe"]["compare"]["protocol"]
-    if protocol["seeds"]:
-        for line in summary_lines(summarize_conditions(results["jobs"], protocol["pairs"])):
-            say(console, f"• {line}")
+    for line in summary_lines(summaries_of(results)):
+        say(console, f"• {line}")
     say(console, f"results  {out / RESULTS}\nreport   {out / 'report.html'}")
 
 

@@ -89,6 +89,16 @@ def summarize_conditions(jobs: Sequence[JobResult], pairs: Sequence[Sequence[str
     return _corrected(summaries)
 
 
+def summaries_of(results: Mapping[str, Any]) -> list[ConditionSummary]:
+    """`summarize_conditions` of a comparison's results; nothing without a protocol, or of a ladder, whose seeds serve
+    its curves."""
+    recipe = results["recipe"]
+    protocol = (recipe.get("compare") or {}).get("protocol") or {}
+    if not protocol.get("seeds") or (recipe.get("ladder") or {}).get("sizes"):
+        return []
+    return summarize_conditions(results["jobs"], protocol.get("pairs") or [])
+
+
 def _corrected(summaries: Sequence[ConditionSummary]) -> list[ConditionSummary]:
     """The conditions with each pair's p-value corrected for the number of pairs that are judged, of all conditions."""
     judged = [pair.p for summary in summaries for pair in summary.pairs if pair.p is not None]
@@ -193,7 +203,8 @@ def _over_conditions(pairs: Sequence[tuple[str, Pair]], names: tuple[str, str]) 
         if (pair.first, pair.second) == names:
             sign = pair.difference.direction if pair.difference else 0
             outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
-            outcome = "cannot be compared for failures" if "failed" in pair.words else outcome
+            if pair.difference is None:
+                outcome = "cannot be compared for failures" if "failed" in pair.words else "not compared yet"
             by_outcome.setdefault(outcome, []).append(where)
             standing[outcome] += not sign or stands(pair.p_holm)
     parts = [
