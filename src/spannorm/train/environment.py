@@ -23,8 +23,8 @@ taken over (`spannorm.lab.jobs.handover`)."""
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that compute."""
-    packages = ["torch", "transformers", "accelerate", "tokenizers", "numpy"]
-    ours = {"python": platform.python_version(), "spannorm": spannorm.__version__}
+    packages = ["transformers", "accelerate", "tokenizers", "numpy"]
+    ours = {"python": platform.python_version(), "spannorm": spannorm.__version__, "torch": torch.__version__}
     return ours | {name: version(name) for name in packages}
 
 

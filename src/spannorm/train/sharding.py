@@ -42,7 +42,8 @@ def sharded_model(config: SpanNormConfig, bf16: bool) -> SpanNormForCausalLM:
     """
     if not distributed.is_initialized():  # one process: all shards are here
         distributed.init_process_group(store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # a build of PyTorch for CUDA names CUDA even where there is no GPU, unless it is told to look
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     with torch.device("meta"):
         model = SpanNormForCausalLM(config)
