@@ -167,7 +167,7 @@ class Walk:
 
         def at(i: int, j: int) -> Covariance | None:
             parts = [cross(a[i], b[j]) * g for a, b, g in arriving if i in a and j in b]
-            return np.sum(parts, axis=0) if parts else None
+            return sum(parts[1:], parts[0]) if parts else None
 
         for index in reversed(range(len(self.branches))):
             kind, sublayer, n = self.branches[index]
@@ -181,6 +181,7 @@ class Walk:
 
 def _parts(f: Any) -> list[Coefficients]:
     """The coefficients of a field's value, and those of its gradient."""
-    coefficients = f.as_subclass(Tensor)
-    halves = coefficients.numpy().reshape(2, -1, coefficients.shape[1])
-    return [{leaf: half[leaf] for leaf in np.flatnonzero(half.any(axis=1)).tolist()} for half in halves]
+    coefficients = f.as_subclass(Tensor).numpy()
+    halves = coefficients.reshape(2, -1, coefficients.shape[1])
+    used = halves.any(axis=2).tolist()
+    return [{i: c for i, c in enumerate(half) if here[i]} for half, here in zip(halves, used, strict=True)]
