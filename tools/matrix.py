@@ -69,10 +69,12 @@ def environment(python: str, torch: str, transformers: str, index: str | None, w
     shutil.rmtree(folder, ignore_errors=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     from_index = ["--index-url", index] if index else []
+    # Triton 3.6, which belongs to PyTorch 2.11: its interpreter, which the kernels' tests use, fails with NumPy 2.4
+    older = ["numpy<2.4"] if torch.startswith("2.11.") else []
     for command in (
         [python, "-m", "venv", folder],
         [*pip, *from_index, f"torch=={torch}"],
-        [*pip, f"{wheel}[slurm,triton]", f"torch=={torch}", f"transformers=={transformers}", *dev_packages()],
+        [*pip, f"{wheel}[slurm,triton]", f"torch=={torch}", f"transformers=={transformers}", *older, *dev_packages()],
     ):
         if run(command, log):
             return None
