@@ -164,3 +164,15 @@ def test_json_of_a_comparison_is_what_its_folder_holds(
     ran = CliRunner().invoke(app, [verb, str(path), *options])
     assert ran.exit_code == 1, "not complete"
     assert json.loads((tmp_path / "a.json").read_text()) == {**results, "folder": str(tmp_path / "out")}
+
+
+def test_a_stop_while_a_module_is_loading_ends_the_process_there(tmp_path):
+    # an exception that went through a compiled module aborted it, core dump and all
+    (tmp_path / "own.py").write_text("import loaded\n")
+    (tmp_path / "loaded.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    pass\n"
+        "print('went on')\n"
+    )
+    ran = spannorm("theory", "--import", "own.py", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (ran.returncode, ran.stdout) == (75, "")
+    assert ran.stderr == "stopped; what was complete is kept. Go on with: spannorm theory --import own.py\n"

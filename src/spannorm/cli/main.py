@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import typer
@@ -22,12 +23,28 @@ from spannorm.text import plain
 def _stopping_on_signals() -> dict[int, Any]:
     """From here on Ctrl-C and SIGTERM end the work wherever it is, and it cleans up; what was set before."""
 
-    def stop(number: int, _: Any) -> None:
-        raise Interrupted(130 if number == signal.SIGINT else 75)
+    def stop(number: int, frame: FrameType | None) -> None:
+        interrupted = Interrupted(130 if number == signal.SIGINT else 75)
+        if _importing(frame):
+            os.write(2, _said(interrupted).encode())
+            os._exit(interrupted.exit_code)
+        raise interrupted
 
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     here = threading.current_thread() is threading.main_thread()
     return {number: signal.signal(number, stop) for number in wanted} if here else {}
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being loaded. An exception that passes through a compiled one can abort the process."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _said(stop: Stopped | Interrupted) -> str:
+    """The last line of a process that was stopped."""
+    return plain(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}") + "\n" if _is_first() else ""
 
 
 def _empty(words: list[str]) -> str | None:
@@ -68,8 +85,7 @@ def main() -> None:
         typer.secho(f"error: {plain(f'{said}: {what}' if what else said)}", fg="red", err=True)
         sys.exit(2)
     except (Stopped, Interrupted) as stop:
-        if _is_first():
-            typer.echo(plain(f"{stop}. Go on with: spannorm {shlex.join(sys.argv[1:])}"), err=True)
+        typer.echo(_said(stop), nl=False, err=True)
         sys.exit(stop.exit_code)
     finally:
         for number, handler in before.items():
