@@ -122,6 +122,17 @@ def test_what_has_not_been_run_is_called_so() -> None:
     assert not summaries_of({"recipe": ladder.to_dict(), "jobs": chosen}), "a ladder's seeds are for its curves"
 
 
+def test_over_many_conditions_a_pair_with_failures_is_not_called_better() -> None:
+    made = recipe((2, 3, 4, 5, 6, 7))
+
+    def loss(job: Job) -> float | None:
+        return None if job.arm.startswith("span") and job.recipe.train.seed == 5 else losses()(job)
+
+    lines = " ".join(summary_lines(summarize_conditions(played(made, loss), made.compare.protocol.pairs)))
+    assert "span none against pre none, of 6 conditions: cannot be compared for failures in 6" in lines
+    assert "ends below" not in lines
+
+
 def test_what_fails_at_every_rate_is_not_compared() -> None:
     (condition,) = conditions()
     assert condition.pairs[1].difference is None

@@ -203,8 +203,8 @@ def _over_conditions(pairs: Sequence[tuple[str, Pair]], names: tuple[str, str]) 
         if (pair.first, pair.second) == names:
             sign = pair.difference.direction if pair.difference else 0
             outcome = {-1: "ends below it", 1: "ends above it", 0: "no difference shown"}[sign]
-            if pair.difference is None:
-                outcome = "cannot be compared for failures" if "failed" in pair.words else "not compared yet"
+            outcome = outcome if pair.difference else "not compared yet"
+            outcome = "cannot be compared for failures" if "failed" in pair.words else outcome
             by_outcome.setdefault(outcome, []).append(where)
             standing[outcome] += not sign or stands(pair.p_holm)
     parts = [
