@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,12 +28,12 @@ def milliseconds(work: Callable[[], object]) -> float:
     return do_bench(work, warmup=5, rep=20, return_mode="median")
 
 
-def shares(width: int) -> list[dict[str, object]]:
+def shares(width: int) -> list[dict[str, Any]]:
     rows, per_sm = 2**27 // width, torch.cuda.get_device_properties(0).multi_processor_count
     x, f, dy, ds = (torch.randn(rows, width, device="cuda", dtype=HALF) for _ in range(4))
     y, total, dx = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     w, rstd = torch.ones(width, device="cuda"), torch.empty(rows, device="cuda")
-    partial = torch.empty(per_sm * 16, width, device="cuda")
+    sums = torch.empty(per_sm * 16, width, device="cuda")
     copy = milliseconds(lambda: y.copy_(x)) / 2  # of one tensor, one way
 
     def forward(tile: int, warps: int, _: int, two: bool) -> None:
@@ -44,7 +46,7 @@ def shares(width: int) -> list[dict[str, object]]:
     def backward(tile: int, warps: int, programs: int, two: bool) -> None:
         constants = fused.constants(HALF, width, backward=True) | {"TILE": tile, "num_warps": warps}
         fused.backward_kernel[(min(triton.cdiv(rows, tile), per_sm * programs),)](
-            dy, ds if two else None, y, w, None, rstd, dx, dx, partial, partial, width, width, rows, 1.0, 1.0,
+            dy, ds if two else None, y, w, None, rstd, dx, dx, sums, sums, width, width, rows, 1.0, 1.0,
             **constants, SPLIT=False, CENTRE=False, HAS_DS=two,
         )  # fmt: skip
 
@@ -58,11 +60,11 @@ def shares(width: int) -> list[dict[str, object]]:
                 for warps in {max(1, ours["BLOCK"] // 32 // values) for values in (8, 16, 32)} - {64}
                 for programs in ((1, 2, 4, 8) if kernel is backward else (own[2],))
             }
-            for layout in layouts:
-                ms = milliseconds(lambda kernel=kernel, layout=layout, two=two: kernel(*layout, two))
+            for tile, warps, programs in layouts:
+                ms = milliseconds(partial(kernel, tile, warps, programs, two))
                 found.append({
-                    "width": width, "kernel": kernel.__name__, "outputs": 1 + two, "rows, warps, programs": layout,
-                    "chosen": layout == own, "share": (3 + two) * copy / ms,
+                    "width": width, "kernel": kernel.__name__, "outputs": 1 + two, "share": (3 + two) * copy / ms,
+                    "rows, warps, programs": (tile, warps, programs), "chosen": (tile, warps, programs) == own,
                 })  # fmt: skip
     return found
 

@@ -61,7 +61,7 @@ def measure(models: dict[str, torch.nn.Module], rounds: int, steps: int) -> dict
             for name, model in models.items():
                 args = arguments(recipe, Path(folder))
                 args.save_strategy = "no"
-                engine = Engine(model, args, train_dataset=data, callbacks=[timers[name]])
+                engine = Engine(model, args, recipe=recipe, train_dataset=data, callbacks=[timers[name]])
                 engine.remove_callback(PrinterCallback)
                 done = len(timers[name].seconds)
                 engine.train()

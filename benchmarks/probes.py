@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def ratios(placement: str, width: int, depth: int, rounds: int) -> tuple[float, 
             probe.record()
 
     kinds: dict[str, Callable[[], Any]] = {"off": lambda: step(None)}
-    kinds |= {name: lambda options=options: step(options) for name, options in PROBES.items()}
+    kinds |= {name: partial(step, options) for name, options in PROBES.items()}
     kinds["measure"] = lambda: measure(model, lambda: model(ids, labels=ids).loss)
     for work in kinds.values():
         work()

@@ -1,6 +1,6 @@
 """Every benchmark: ours and its rivals in turns, a table and JSON.
 
-    python benchmarks/run.py [--rows 1,2,3,4,5,6,7,8,9] [--pairs 20] [--threads 1] [--json FILE]
+    python benchmarks/run.py [--rows 1,2,3,4,5,6,7,8,9] [--placements mhc] [--pairs 20] [--threads 1] [--json FILE]
 
 `make bench` runs all of it. Sizes are small on a CPU and real on a GPU. Rivals that are not installed are named.
 """
@@ -11,7 +11,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,14 @@ def add_norm_once(pairs: int, width: int, outputs: int, liger: bool, graph: bool
         # input, residual, gain, eps, offset, casting mode, in place
         return LigerFusedAddRMSNormFunction.apply(f, x, w, EPS, 0.0, "llama", False)[:outputs]
 
-    forward: dict[str, Callable[[], Any]] = {"ours": fused, "rms_norm": eager, **({"Liger": ligers} if liger else {})}
-    kept = {name: kept_mib(lambda run=run: run(x, f, w)) for name, run in forward.items()}
+    forward: dict[str, Callable[..., Any]] = {"ours": fused, "rms_norm": eager, **({"Liger": ligers} if liger else {})}
+    kept = {name: kept_mib(partial(run, x, f, w)) for name, run in forward.items()}
     forward["rms_norm compiled"] = torch.compile(eager)
     # forward reads 2 tensors and writes as many as it has outputs, backward reads y and their gradients and writes 1
     moved = (4 + 2 * outputs) * x.numel() * x.element_size()
     source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
 
-    def both_ways(run: Callable[[], Any]) -> Callable[[], float]:
+    def both_ways(run: Callable[..., Any]) -> Callable[[], float]:
         def work() -> Any:
             leaves = [t.detach().requires_grad_() for t in (x, f, w)]  # a graph takes none that another stream has met
             return torch.autograd.grad(run(*leaves), leaves, above)
@@ -177,7 +178,7 @@ def placements(pairs: int) -> Iterator[list[Result]]:
 
 def training(row: str, pairs: int, models: dict[str, nn.Module], ids: Tensor | None = None) -> list[Result]:
     ids = tokens() if ids is None else ids
-    kept = {name: kept_mib(lambda m=model: loss_of(m, ids), model) for name, model in models.items()}
+    kept = {name: kept_mib(partial(loss_of, model, ids), model) for name, model in models.items()}
     return in_turns(row, {name: timed(step_of(model, ids)) for name, model in models.items()}, pairs, kept)
 
 
@@ -216,7 +217,7 @@ def trainer(pairs: int) -> Iterator[list[Result]]:
             args = arguments(recipe, Path(folder))
             args.save_strategy = "no"
             watch = Stopwatch()
-            engine = Engine(model, args, train_dataset=data, callbacks=[watch])
+            engine = Engine(model, args, recipe=recipe, train_dataset=data, callbacks=[watch])
             engine.remove_callback(PrinterCallback)
             engine.train()
         return (watch.marks[-1] - watch.marks[1]) / (len(watch.marks) - 2)
@@ -228,7 +229,7 @@ def decoding(pairs: int) -> Iterator[list[Result]]:
     """(5) greedy decoding with the cache."""
     new, prompt = (64, 64) if GPU else (24, 16)
 
-    def turn(model: nn.Module) -> Callable[[], float]:
+    def turn(model: Any) -> Callable[[], float]:
         ids = tokens(1, prompt)
         return timed(
             lambda: model.eval().generate(
@@ -274,12 +275,12 @@ def share_of_peak(pairs: int) -> Iterator[list[Result]]:
     )
 
 
-def price(pairs: int) -> Iterator[Result]:
+def price(pairs: int, names: Iterable[str] = PLACEMENTS) -> Iterator[list[Result]]:
     """(9) every placement's step and memory over PreNorm's; one sequence at a time where the batch does not fit."""
     for depth in (8, 32):
         pre = ours("pre", depth)
-        for name in [name for name in PLACEMENTS if name != "pre"]:
-            yield from price_of(name, depth, pre, pairs, BATCH) or price_of(name, depth, pre, pairs, 1)
+        for name in [name for name in names if name != "pre"]:
+            yield price_of(name, depth, pre, pairs, BATCH) or price_of(name, depth, pre, pairs, 1)
 
 
 def price_of(name: str, depth: int, pre: nn.Module, pairs: int, batch: int) -> list[Result]:
@@ -300,6 +301,7 @@ ROW = dict(enumerate(ROWS_OF, 1))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(map(str, ROW)))
+    parser.add_argument("--placements", help="of row 9; all by default")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -308,8 +310,9 @@ def main() -> None:
     results: list[Result] = []
     about = {"pairs": options.pairs, "threads": options.threads, "machine": machine(), "versions": versions()}
     print(json.dumps(about["machine"]))
+    rows = ROW | ({9: partial(price, names=options.placements.split(","))} if options.placements else {})
     for number in map(int, options.rows.split(",")):
-        for new in ROW[number](options.pairs):
+        for new in rows[number](options.pairs):
             print(table(new), flush=True)
             results += new
             if options.json:  # a run that is cut off keeps what it measured

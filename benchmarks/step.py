@@ -22,7 +22,7 @@ def loss_of(model: Callable[..., Any], ids: Tensor, **given: Any) -> Tensor:
 
 
 def step_of(
-    model: nn.Module, ids: Tensor, *, compiled: bool = False, adamw: dict[str, bool] | None = None, **given: Any
+    model: nn.Module, ids: Tensor, *, compiled: bool = False, adamw: dict[str, Any] | None = None, **given: Any
 ) -> Callable[[], None]:
     """One optimizer step as the Trainer takes it, with our groups of parameters where the model is ours.
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "shapes": ((), ("torch", "jaxtyping")),
     "kernels": (("errors",), ("torch", "triton")),
     "norms": (("errors", "shapes", "kernels"), ("torch",)),
-    "placements": (("errors", "values", "shapes", "scaling", "norms"), ("torch",)),
+    "placements": (("errors", "values", "shapes", "scaling", "kernels", "norms"), ("torch",)),
     "roles": (("errors", "scaling", "norms", "placements"), ("torch",)),
     "init": (("errors", "scaling", "roles"), ("torch",)),
     "routing": ((), ("torch",)),

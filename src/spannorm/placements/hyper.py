@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spannorm.errors import InputError, unknown
+from spannorm.kernels.sinkhorn import doubly_stochastic
 from spannorm.norms import Norm, Scale
 from spannorm.placements.base import Layout, Placement, Projection, Sublayer
 from spannorm.shapes import State, Stream
@@ -177,10 +178,8 @@ class ManifoldHyperConnections(_Hyper):
     def _weights(self, x: State, site: str) -> tuple[Tensor, Tensor]:
         pre, post, comb = self._logits(x, site)
         n = self.options["streams"]
-        comb = torch.softmax(comb.unflatten(-1, (n, n)), dim=-1) + self.EPS
-        for round_ in range(self.ROUNDS):
-            comb = comb / (comb.sum(-1, keepdim=True) + self.EPS) if round_ else comb
-            comb = comb / (comb.sum(-2, keepdim=True) + self.EPS)
+        comb = torch.softmax(comb.movedim(-1, 0).unflatten(0, (n, n)), dim=1) + self.EPS
+        comb = doubly_stochastic(comb, self.ROUNDS, self.EPS).movedim((0, 1), (-2, -1))
         return torch.cat(((pre.sigmoid() + self.EPS).unsqueeze(-1), comb), dim=-1), 2.0 * post.sigmoid()
 
     def _logits(self, x: State, site: str) -> tuple[Tensor, ...]:
