@@ -11,6 +11,7 @@ import pytest
 COMPILE = """
 import sys, torch
 import spannorm.kernels.triton as fused
+import spannorm.kernels.triton_sinkhorn as sinkhorn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -43,6 +44,16 @@ for architecture in [int(word) for word in sys.argv[1].split()]:
                     ]
                     assert all(sizes)
                     print(architecture, kind, width, centre, two)
+    for n in (2, 4, 5):
+        for kernel in (sinkhorn.forward_kernel, sinkhorn.backward_kernel):
+            constants = sinkhorn.constants(n, 20)
+            options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+            types = {"tokens": "i32", "eps": "fp32", **dict.fromkeys(constants, "constexpr")}
+            source = ASTSource(kernel, {name: types.get(name, "*fp32") for name in kernel.arg_names}, constants)
+            built = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            # of four streams a thread holds whole matrices: no sum goes through other threads
+            assert built.asm["cubin"] and (n == 5 or built.metadata.shared == built.asm["ptx"].count("shfl") == 0)
+    print(architecture, "sinkhorn")
 """
 
 WRAPPED = """
@@ -56,9 +67,10 @@ from spannorm.models import SpanNormConfig, SpanNormForCausalLM
 torch.set_num_threads(1)
 x = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
 
-def new(norm):
+def new(norm, placement):
+    rule = "1/sqrt(L):forward"
     return SpanNormForCausalLM(SpanNormConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, norm=norm, placement="span", depth_rule="1/sqrt(L):forward"))
+        num_attention_heads=4, norm=norm, placement=placement, depth_rule=rule))
 
 def step(model, run=None):
     loss = (model if run is None else run)(x, labels=x).loss
@@ -76,21 +88,21 @@ def sharded(model):
     return fully_shard(model)
 
 dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
-for norm in ("rmsnorm", "layernorm"):
+for kind in (("rmsnorm", "span"), ("layernorm", "span"), ("rmsnorm", "mhc")):
     kernels.use("reference")
-    reference = step(new(norm))
+    reference = step(new(*kind))
     kernels.use("triton")
-    plain = step(new(norm))
+    plain = step(new(*kind))
     torch.testing.assert_close(plain, reference, rtol=1e-4, atol=1e-6)
-    print("reference", norm)
+    print("reference", *kind)
     for name, wrap in {"checkpointed": checkpointed, "ddp": DistributedDataParallel, "fsdp2": sharded}.items():
-        torch.testing.assert_close(step(wrap(new(norm))), plain, rtol=0, atol=0)
-        print(name, norm)
-    model = new(norm)
+        torch.testing.assert_close(step(wrap(new(*kind))), plain, rtol=0, atol=0)
+        print(name, *kind)
+    model = new(*kind)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=sys.argv[1])
     torch.testing.assert_close(step(model, compiled), plain, rtol=1e-4, atol=1e-6)
-    print("compiled", norm)
+    print("compiled", *kind)
 dist.destroy_process_group()
 """
 
@@ -114,12 +126,13 @@ def run(code: str, *arguments: str, interpret: bool) -> list[str]:
 def test_the_kernels_compile_for_ampere_and_hopper(architectures, kinds, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing from an earlier run
     built = run(COMPILE, architectures, *kinds, interpret=False)
-    assert len(built) == len(architectures.split()) * len(kinds) * 2 * 2 * 2
+    assert len(built) == len(architectures.split()) * (len(kinds) * 2 * 2 * 2 + 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_checkpointing_ddp_fsdp2_and_compile_see_through_the_kernels(backend):
     names = ["reference", "checkpointed", "ddp", "fsdp2", "compiled"]
-    expected = [f"{name} {norm}" for norm in ("rmsnorm", "layernorm") for name in names]
+    kinds = ("rmsnorm span", "layernorm span", "rmsnorm mhc")
+    expected = [f"{name} {kind}" for kind in kinds for name in names]
     assert run(WRAPPED, backend, interpret=True) == expected

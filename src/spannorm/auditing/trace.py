@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -87,7 +86,8 @@ class Trace(TorchDispatchMode):
         self._inputs: list[Tensor] = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
         self._kept = [*model.buffers(), *model.parameters(), *self._inputs]
         self._tensors: dict[int, Tensor] = {}  # kept, so that an id stays one tensor's
-        self._paths = {id(m): n for n, m in model.named_modules()}
+        self._modules = {name: module for name, module in model.named_modules()}
+        self._paths = {id(module): name for name, module in self._modules.items()}
         self._by_id: dict[int, Node] = {}
         self._sharing: dict[int, set[int]] = {}  # storage → ids of the tensors that lie in it
         self.batch_first = self._inputs[0].shape[:2] if self._inputs and self._inputs[0].ndim == 2 else None
@@ -96,9 +96,10 @@ class Trace(TorchDispatchMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> Trace:
-        pre: Any = nn_module.register_module_forward_pre_hook(self._enters)
-        post: Any = nn_module.register_module_forward_hook(self._leaves, with_kwargs=True)
-        self._handles = [pre, post]
+        # on each module: PyTorch's global hooks with arguments leave an entry behind, which changes torch.compile
+        for module in self._modules.values():
+            self._handles.append(module.register_forward_pre_hook(self._enters, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leaves, with_kwargs=True))
         super().__enter__()
         return self
 
@@ -108,12 +109,9 @@ class Trace(TorchDispatchMode):
             handle.remove()
 
     def _enters(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self._paths:
-            self._open.append(Call(self._paths[id(module)], len(self.nodes), []))
+        self._open.append(Call(self._paths[id(module)], len(self.nodes), []))
 
     def _leaves(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if id(module) not in self._paths or not self._open:
-            return
         call = self._open.pop()
         call.inputs = self.nodes_in((args, kwargs))
         call.outputs, call.end = self.nodes_in(out), len(self.nodes)

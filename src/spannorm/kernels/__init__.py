@@ -1,4 +1,4 @@
-"""Add-and-norm as one operation: it chooses between a fused kernel and plain PyTorch.
+"""Add-and-norm, and Sinkhorn's iteration, each as one operation: a fused kernel or plain PyTorch.
 
 `reference` is plain PyTorch and runs everywhere. `triton` runs on a GPU, in fp32, bf16 and fp16; it passes over memory
 once in forward and once in backward. `auto` is `triton` where it can run, and `reference` elsewhere.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spannorm.errors import InputError, one_of
-from spannorm.kernels import reference
+from spannorm.kernels import reference, sinkhorn
 
 KERNELS = ("auto", "reference", "triton")
 
@@ -23,8 +23,10 @@ _choice = "auto"
 _said: set[str] = set()
 
 _fused: Any = None
+_fused_sinkhorn: Any = None
 if find_spec("triton") is not None and torch.version.cuda is not None:
     from spannorm.kernels import triton as _fused
+    from spannorm.kernels import triton_sinkhorn as _fused_sinkhorn
 
 
 def use(kernels: str) -> None:
@@ -34,12 +36,13 @@ def use(kernels: str) -> None:
         InputError: an unknown name, or `triton` where it is not installed. If it is installed but cannot take a tensor,
             the forward pass raises: an explicit choice never falls back.
     """
-    global _choice, _fused
+    global _choice, _fused, _fused_sinkhorn
     one_of("kernels", kernels, KERNELS)
     if kernels == "triton":
         if find_spec("triton") is None:
             raise InputError("kernels=triton needs Triton: pip install triton, or choose auto or reference.")
         from spannorm.kernels import triton as _fused
+        from spannorm.kernels import triton_sinkhorn as _fused_sinkhorn
     _choice = kernels
 
 
@@ -76,9 +79,24 @@ def add_norm(
     reference.check(x, f)
     if reference.traced() or reference.shared_out(x):
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference=True)
-    if _choice == "reference" or not _takes(x, f):
+    if _choice == "reference" or not _takes(x, f, x.shape[-1]):
         return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)
     return _fused.add_norm(x, f, weight, bias, eps, skip, branch, return_sum)
+
+
+def doubly_stochastic(x: Tensor, rounds: int, eps: float) -> Tensor:
+    """Divide the columns of positive matrices by their sums + eps, then `rounds − 1` times rows and columns in turn.
+
+    Args:
+        x: (n, n, …), fp32 or fp64: rows, columns, and any number of matrices. With the matrices last, a sum over n is a
+            sum of long vectors, which is faster than many sums of n numbers.
+    """
+    if reference.traced() or reference.shared_out(x):
+        return sinkhorn.differentiable(x, rounds, eps)
+    if _choice == "reference" or not _takes(x):
+        return sinkhorn.doubly_stochastic(x, rounds, eps)
+    normalized: Tensor = _fused_sinkhorn.doubly_stochastic(x, rounds, eps)
+    return normalized
 
 
 def chosen() -> tuple[str, str]:
@@ -89,17 +107,17 @@ def chosen() -> tuple[str, str]:
     return ("triton", "") if reason is None else ("reference", reason)
 
 
-def _refusal(x: Tensor, f: Tensor | None = None) -> str | None:
+def _refusal(x: Tensor, f: Tensor | None = None, width: int = 0) -> str | None:
     """Why Triton's kernels do not take these tensors; None where they do."""
     if _choice == "auto" and not x.is_cuda:  # Triton's interpreter is used only on request
         return f"the tensors are on {x.device.type}"
-    refusal: str | None = "Triton is not installed" if _fused is None else _fused.refusal(x, f)
+    refusal: str | None = "Triton is not installed" if _fused is None else _fused.refusal(x, f, width)
     return refusal
 
 
-def _takes(x: Tensor, f: Tensor | None) -> bool:
+def _takes(x: Tensor, f: Tensor | None = None, width: int = 0) -> bool:
     """Whether Triton's kernels take these tensors. The log says once what `auto` chose."""
-    reason = _refusal(x, f)
+    reason = _refusal(x, f, width)
     if reason is not None and _choice == "triton":
         raise InputError(f"kernels=triton: {reason}. Choose auto or reference.")
     if not torch.compiler.is_compiling():

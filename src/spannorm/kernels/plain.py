@@ -1,4 +1,4 @@
-"""Add-and-norm that always uses plain PyTorch. A published model's one file has this instead of a choice of kernels."""
+"""The same operations, always in plain PyTorch. A published model's one file has these instead of a choice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spannorm.kernels import reference
+from spannorm.kernels import reference, sinkhorn
 
 
 def add_norm(
@@ -30,3 +30,13 @@ def add_norm(
     reference.check(x, f)
     inference = inference or reference.traced() or reference.shared_out(x)
     return reference.add_norm(x, f, weight, bias, eps, skip, branch, return_sum, inference)
+
+
+def doubly_stochastic(x: Tensor, rounds: int, eps: float) -> Tensor:
+    """Divide the columns of positive matrices by their sums + eps, then `rounds − 1` times rows and columns in turn.
+
+    Args:
+        x: (n, n, …): rows, columns, and any number of matrices.
+    """
+    plain = reference.traced() or reference.shared_out(x)
+    return (sinkhorn.differentiable if plain else sinkhorn.doubly_stochastic)(x, rounds, eps)

@@ -295,20 +295,20 @@ class _Eager(torch.autograd.Function):
         return _differentiate(ctx, dy, ds, dr, launch=_launch_backward)
 
 
-def _observed(*tensors: Tensor | None) -> bool:
+def observed(*tensors: Tensor | None) -> bool:
     """Whether something looks at operators: a compiler, a dispatch mode, or a tensor of another class."""
     modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return modes or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in tensors)
 
 
-def refusal(x: Tensor, f: Tensor | None) -> str | None:
-    """Why the kernels cannot take these tensors; None if they can."""
+def refusal(x: Tensor, f: Tensor | None = None, width: int = 0) -> str | None:
+    """Why the kernels cannot take these tensors, with rows of `width` channels; None if they can."""
     if not (x.is_cuda or INTERPRETED):
         return f"the tensors are on {x.device.type}, and Triton needs a GPU"
     if x.dtype not in DTYPES or (f is not None and f.dtype not in DTYPES):
         return f"Triton's kernels take fp32, bf16 and fp16, and this is {x.dtype}"
-    if x.shape[-1] > MAX_WIDTH:
-        return f"Triton's kernels take at most {MAX_WIDTH} channels, and this has {x.shape[-1]}"
+    if width > MAX_WIDTH:
+        return f"Triton's kernels take at most {MAX_WIDTH} channels, and this has {width}"
     return None
 
 
@@ -323,6 +323,6 @@ def add_norm(
     return_sum: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `spannorm.kernels.add_norm`."""
-    run = _forward if _observed(x, f, weight, bias) else _Eager.apply
+    run = _forward if observed(x, f, weight, bias) else _Eager.apply
     y, total, _ = run(x, f, weight, bias, eps, skip, branch, return_sum)
     return (y, total) if return_sum else y

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spannorm.errors import InputError, unknown
-from spannorm.kernels.sinkhorn import doubly_stochastic
+from spannorm.kernels import doubly_stochastic
 from spannorm.norms import Norm, Scale
 from spannorm.placements.base import Layout, Placement, Projection, Sublayer
 from spannorm.shapes import State, Stream

@@ -37,7 +37,7 @@ from torch import Tensor
 
 Stream = State = Tensor
 ''',
-    "spannorm.kernels": "from spannorm.kernels.plain import add_norm",  # the dispatch, without Triton
+    "spannorm.kernels": "from spannorm.kernels.plain import add_norm, doubly_stochastic",  # without Triton
     "spannorm.auto_code": '''"""The file beside a saved model by which Transformers' Auto classes open it."""
 from pathlib import Path
 
