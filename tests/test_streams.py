@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -59,6 +60,14 @@ def test_mhcs_mixing_matrix_is_doubly_stochastic_for_any_streams():
     mixing = block._weights(torch.randn(2, 3, 4, WIDTH, dtype=F64), "attn")[0][..., 1:]
     for dim in (-1, -2):
         torch.testing.assert_close(mixing.sum(dim), torch.ones(2, 3, 4, dtype=F64), rtol=1e-3, atol=1e-3)
+
+
+def test_mhcs_weights_are_exact_under_autocast():
+    block, state = Stack("mhc", DEPTH).block(1, WIDTH), torch.randn(2, 3, 4, WIDTH)
+    nn.init.normal_(block.attn_weights)
+    exact = [t.float() for t in copy.deepcopy(block).double()._weights(state.double(), "attn")]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(list(block._weights(state, "attn")), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["attnres", "attnres_block"])

@@ -183,12 +183,13 @@ class ManifoldHyperConnections(_Hyper):
         return torch.cat(((pre.sigmoid() + self.EPS).unsqueeze(-1), comb), dim=-1), 2.0 * post.sigmoid()
 
     def _logits(self, x: State, site: str) -> tuple[Tensor, ...]:
-        """For each kind, (…, n) or (…, n²)."""
+        """For each kind, (…, n) or (…, n²). At least fp32, also under autocast."""
         n = self.options["streams"]
         weights, base, gates = (getattr(self, f"{site}_{name}") for name in ("weights", "base", "gates"))
         flat, w = exact(self.unit(x, dims=2)), exact(weights).unflatten(-1, (n, self.hidden_size))
         sizes = [n, n, n * n][: len(gates)]
-        logits = torch.einsum("bsnd,knd->bsk", flat, w).split(sizes, dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = torch.einsum("bsnd,knd->bsk", flat, w).split(sizes, dim=-1)
         return tuple(g * y + b for g, y, b in zip(gates, logits, base.split(sizes), strict=True))
 
 
