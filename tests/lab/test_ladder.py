@@ -159,6 +159,23 @@ def test_multipliers_are_those_of_the_laws():
     assert pair["trend"]["low"] > 0 and "saves compute" in found["words"][0] and "grows" in found["words"][0]
 
 
+def test_a_ladder_under_way_says_what_it_has_and_calls_the_rest_extrapolation():
+    plan = LadderPlan(recipe())
+    found = outcome(plan, finished(plan, sealed=False), {"rung": "", "losses": {}})
+    (pair,) = found["pairs"]
+    assert [row["extrapolated"] for row in pair["multipliers"]] == [False] * 4 + [True] * 3
+    assert all(row["multiplier"] == pytest.approx(saved(row["compute"]), rel=0.05) for row in pair["multipliers"])
+    assert f"at {plan.rungs[3].compute:.2g} operations" in found["words"][0]
+
+
+def test_a_ladder_that_was_stopped_early_has_no_curve_yet():
+    plan = LadderPlan(recipe())
+    every = finished(plan)
+    for count in (0, 1, 5):
+        found = outcome(plan, dict(list(every.items())[:count]), None)
+        assert found["fit"] is None and found["pairs"] == found["words"] == []
+
+
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     # 40 ladders with noise of 0.2 % a run: a 95 % interval may miss a few, and must not miss many
     import numpy as np

@@ -75,23 +75,24 @@ def compare(
     """
     with _opened(recipe, out, imports, at_once, pool, finished=finished) as (runner, about):
 
-        def record(complete: bool) -> dict[str, Any]:
+        def record(last: bool = True) -> dict[str, Any]:
             jobs = runner.job_results()
-            outcome = _outcome(recipe, runner, out, jobs, complete)
-            results = {"format": FORMAT, **about, "complete": complete, **outcome, "jobs": jobs}
+            outcome = _outcome(recipe, runner, out, jobs, last)
+            results = {"format": FORMAT, **about, "complete": last and runner.complete(), **outcome, "jobs": jobs}
             write_json(out / RESULTS, results)
             return results
 
         try:
-            runner.run(f"{recipe.name}: {Needs(**about['needs'])} each at most", on_finish=lambda: record(False))
+            runner.run(f"{recipe.name}: {Needs(**about['needs'])} each at most", on_finish=lambda: record(last=False))
         except Stopped:
-            record(runner.complete())
+            record(last=False)  # at once
+            record()
             try:
                 draw_report(out)
             except InputError as error:  # what is in the way of the report is said, and the work stands
                 logger.warning("no report: %s", error)
             raise
-        results = record(runner.complete())
+        results = record()
         draw_report(out)
     return results
 
@@ -173,10 +174,11 @@ def _check_same_comparison(recipe: Recipe, out: Path) -> None:
             )
 
 
-def _outcome(recipe: Recipe, runner: Runner, out: Path, jobs: list[JobResult], complete: bool) -> dict[str, Any]:
-    """What the jobs show: of a ladder its curves, under a protocol each condition, of ramps each arm's tolerance."""
+def _outcome(recipe: Recipe, runner: Runner, out: Path, jobs: list[JobResult], last: bool) -> dict[str, Any]:
+    """What the jobs show: of a ladder its curves (which take a minute: once, at the end), under a protocol each
+    condition, of ramps each arm's tolerance."""
     if recipe.ladder.sizes:
-        return {"ladder": ladder_outcome(recipe, runner.results, out)} if complete else {}
+        return {"ladder": ladder_outcome(recipe, runner.results, out)} if last else {}
     protocol = recipe.compare.protocol
     if protocol.seeds:
         return {"summary": [asdict(condition) for condition in summarize_conditions(jobs, protocol.pairs)]}

@@ -13,7 +13,7 @@ import numpy as np
 
 from spannorm.lab.jobs.plan import Done
 from spannorm.lab.ladder.fit import SIZE_AND_TOKENS, Fit, Point, bootstrap, fit
-from spannorm.lab.ladder.plan import HELD_OUT, RATE_STAGE, LadderPlan
+from spannorm.lab.ladder.plan import HELD_OUT, LadderPlan
 from spannorm.lab.ladder.sizes import Rung
 
 BEYOND = (10.0, 100.0)
@@ -50,7 +50,7 @@ def own_rate(plan: LadderPlan, arm: str, i: int, done: Done) -> float | None:
 def prediction(plan: LadderPlan, results: Results, done: Done) -> dict[str, Any] | None:
     """What each arm's largest size is predicted to come to, from the smaller sizes alone; None before they are done."""
     steps = plan.steps(done, sealed=False)
-    if any(step.job.name not in results for step in steps) or not _settled(plan, done):
+    if any(step.job.name not in results for step in steps) or not plan.settled(done):
         return None
     known = [p for p in points(plan, results, done, held_out=False) if p.rung < plan.sizes - 1]
     known = [p for p in known if len({q.rung for q in known if q.arm == p.arm}) >= 3]
@@ -68,23 +68,18 @@ def prediction(plan: LadderPlan, results: Results, done: Done) -> dict[str, Any]
     }
 
 
-def _settled(plan: LadderPlan, done: Done) -> bool:
-    return any(step.stage not in (RATE_STAGE,) for step in plan.steps(done, sealed=False)) or not any(
-        plan.best(arm, plan.recipe.ladder.rate_sizes - 1, done) for arm in range(len(plan.arms))
-    )
-
-
 def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that `results.json` holds under `ladder`."""
     done = {name: None if r["status"] == "failed" else r["val_loss"] for name, r in results.items()}
-    known = points(plan, results, done)
+    settled = plan.settled(done)
+    known = points(plan, results, done) if settled else []
     main = [p for p in known if p.rung < plan.sizes]
     main = [p for p in main if len({q.rung for q in main if q.arm == p.arm}) >= 3]
     result: dict[str, Any] = {
         "rungs": [_rung(rung) for rung in plan.rungs],
         "points": [_point(p, plan.rungs[p.rung]) for p in known],
-        "rates": _rates(plan, done),
-        "checks": _checks(plan, results, done),
+        "rates": _rates(plan, done) if settled else {},
+        "checks": _checks(plan, results, done) if settled else [],
         "prediction": _held_out(plan, main, predicted),
         "fit": None, "fit_size_and_tokens": None, "pairs": [],
     }  # fmt: skip
@@ -156,21 +151,24 @@ def _held_out(plan: LadderPlan, main: Sequence[Point], predicted: Mapping[str, A
 
 
 def _pair(curve: Fit, main: Sequence[Point], plan: LadderPlan, first: str, second: str) -> dict[str, Any]:
-    """How many times the first's compute the second takes to the loss that the second comes to, by size and beyond."""
-    sizes = plan.rungs[: plan.sizes]
-    largest = sizes[-1].compute
-    at = [*(rung.compute for rung in sizes), *(largest * factor for factor in BEYOND)]
+    """How many times the first's compute the second takes to the loss that the second comes to, by size and beyond.
+
+    What lies above the largest size that both were measured at is extrapolated.
+    """
+    sizes = [rung.compute for rung in plan.rungs[: plan.sizes]]
+    at = [*sizes, *(sizes[-1] * factor for factor in BEYOND)]
     two = [p for p in main if p.arm in (first, second)]
+    last = min(max(p.rung for p in two if p.arm == arm) for arm in (first, second))
 
     def measured(f: Fit) -> list[float]:
         values = [math.log(f.multiplier(first, second, f.loss(second, compute))) for compute in at]
-        return [*values, (values[len(sizes) - 1] - values[0]) / math.log(largest / at[0])]
+        return [*values, (values[last] - values[0]) / math.log(at[last] / at[0])]
 
     low, high = bootstrap(two, measured)
     middle = np.array(measured(curve))
     rows = [
         {"compute": compute, "multiplier": float(np.exp(middle[i])), "low": float(np.exp(low[i])),
-         "high": float(np.exp(high[i])), "extrapolated": i >= len(sizes)}
+         "high": float(np.exp(high[i])), "extrapolated": i > last}
         for i, compute in enumerate(at)
     ]  # fmt: skip
     trend = {"slope": float(middle[-1]), "low": float(low[-1]), "high": float(high[-1])}

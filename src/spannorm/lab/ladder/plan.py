@@ -87,14 +87,12 @@ class LadderPlan:
             steps.setdefault(job.name, Step(job, self.rungs[i], stage))
 
         last, ladder, seed = self.sizes - 1, self.recipe.ladder, self.recipe.train.seed
-        settled = True
         for i in range(ladder.rate_sizes):
-            rates, ready = self.plan.grid_of(self.arms_at[i], done)
-            settled &= ready
+            rates, _ = self.plan.grid_of(self.arms_at[i], done)
             for each in self.arms_at[i]:
                 for rate in rates:
                     add(i, each, rate, seed, RATE_STAGE)
-        if not settled:
+        if not self.settled(done):
             return list(steps.values())
         for arm in range(len(self.arms_at[0])):
             best = self.best(arm, ladder.rate_sizes - 1, done)
@@ -120,8 +118,12 @@ class LadderPlan:
         seeded = self.sizes - self.recipe.ladder.seeded_sizes <= i < self.sizes
         return self.seeds if seeded else (self.recipe.train.seed,)
 
+    def settled(self, done: Done) -> bool:
+        """Whether every learning rate of the smallest sizes has been tried, so that each arm's best is known."""
+        return all(self.plan.grid_of(arms, done)[1] for arms in self.arms_at[: self.recipe.ladder.rate_sizes])
+
     def best(self, arm: int, i: int, done: Done) -> float | None:
-        """An arm's best rate at one of the smallest sizes."""
+        """An arm's best rate at one of the smallest sizes, once they are settled; None where every rate failed."""
         rates, _ = self.plan.grid_of(self.arms_at[i], done)
         return self.plan.best_rate(self.arms_at[i][arm], rates, done)
 

@@ -93,6 +93,6 @@ def _multipliers(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look
     axes[0].set_ylabel("compute multiplier")
     caption = (
         "How many times an arm's compute the other arm takes to the same loss: above 1 the arm saves compute. Bands "
-        "are 95 % intervals by bootstrap over sizes and seeds; dotted lines are extrapolation to 10 and 100 times."
+        "are 95 % intervals by bootstrap over sizes and seeds; dotted lines are extrapolation."
     )
     return Drawing("ladder_multipliers", "Compute multiplier", caption, fig)
