@@ -39,16 +39,17 @@ def _curves(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) ->
     sizes = [rung["compute"] for rung in ladder["rungs"] if rung["kind"] == "size"]
     x = np.geomspace(min(sizes) / 1.5, max(sizes) * 3, 100)
     ends = {}
-    for arm in arms:
-        name = f"{arm.placement} {arm.variant}"
+    for i, arm in enumerate(arms):
+        name, aside = f"{arm.placement} {arm.variant}", 1.04 ** (i - (len(arms) - 1) / 2)
         points = [p for p in ladder["points"] if p["arm"] == name and p["kind"] == "size"]
         y = [curve.loss(name, c) for c in x]
         ax.plot(x, y, linewidth=1.2, label=arm.label, **arm.look.line)
-        ax.plot([p["compute"] for p in points], [p["loss"] for p in points], "o", markersize=3.2, color=arm.look.color)
+        ax.plot([p["compute"] * aside for p in points], [p["loss"] for p in points], "o", markersize=3.2,
+                color=arm.look.color)  # fmt: skip
         predicted = ((ladder["prediction"] or {}).get("losses") or {}).get(name)
         if predicted:
             interval = [predicted["low"], predicted["high"]]
-            ax.plot([max(sizes)] * 2, interval, linewidth=3.5, alpha=0.25, color=arm.look.color)
+            ax.plot([max(sizes) * aside] * 2, interval, linewidth=3.5, alpha=0.25, color=arm.look.color)
         ends[arm.label] = y[-1]
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -57,9 +58,9 @@ def _curves(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) ->
     plain_log(ax.yaxis)
     label(ax, ends)
     caption = (
-        f"Every run at its arm's own learning rate, and the curve E + A·C^-α through them, E = "
-        f"{curve.irreducible:.3f} shared by all. The pale bar at the largest size is the interval predicted from the "
-        "smaller sizes before it was run. Right of it the curves are extrapolation."
+        "Every run at its arm's own learning rate, the arms of one size side by side, and the curve E + A·C^-α through "
+        f"them, E = {curve.irreducible:.3f} shared by all. The pale bar at the largest size is the interval predicted "
+        "from the smaller sizes before it was run. Right of it the curves are extrapolation."
     )
     return Drawing("ladder", "Loss against compute", caption, fig)
 
