@@ -101,6 +101,21 @@ def test_arms_stand_by_loss_and_failures_last_with_their_reasons_spelled_out(tmp
         assert criterion in page.words
 
 
+@pytest.mark.parametrize(
+    ("first", "fresh", "losses"),
+    [("choice", "confirmation", {1e-3: 1.7, 2e-3: 1.8}), ("rate", "rung", {1e-3: 1.7, 2e-3: 1.8}),
+     ("check", "rung", {1e-3: 1.8, 2e-3: 1.7})],
+)  # fmt: skip
+def test_an_arm_stands_at_the_rate_that_it_was_measured_at(first, fresh, losses, tmp_path):
+    # fresh seeds came out worse, so that another rate's one seed is lower; a carried rate need not be the best
+    runs = [arm("pre", stage=first, learning_rate=rate, val_loss=loss) for rate, loss in losses.items()]
+    runs += [arm("pre", stage=fresh, learning_rate=1e-3, seed=seed, val_loss=1.9) for seed in (1, 2, 3)]
+    page = draw(tmp_path, runs)
+    (line,) = rows(page)[:1]
+    assert "0.001" in line and "1, 2, 3" in line and "1.9000" in line
+    assert "2 learning rates on one seed" in page.words and "measured on 3 fresh seeds" in page.words
+
+
 def test_nothing_unknown_is_shown_as_a_number(tmp_path):
     waiting = arm("peri", status="waiting", steps_done=0, **dict.fromkeys(("val_loss", "max_grad_norm", "seed")))
     page = draw(tmp_path, [*THREE, waiting])

@@ -10,7 +10,7 @@ import numpy as np
 
 from spannorm.lab.report.looks import Look
 from spannorm.lab.results.files import JobResult
-from spannorm.lab.results.groups import failed, not_failed, values_of
+from spannorm.lab.results.groups import CHOOSING, FRESH, failed, not_failed, values_of
 from spannorm.lab.results.runs import Run, read_run
 
 Key = tuple[str, str]
@@ -25,21 +25,25 @@ class Choice:
     """By learning rate, the jobs on which the best one is chosen."""
     best: float | None
     shown: list[JobResult]
-    """The jobs at the best one: under a protocol those on fresh seeds, as soon as one has begun."""
+    """The jobs at the best one: under a protocol and of a ladder those on fresh seeds, as soon as one has begun."""
     confirmed: bool
     """Whether they are on fresh seeds."""
 
 
 def choose(rates: Mapping[float | None, list[JobResult]]) -> Choice:
-    """Choose an arm's learning rate among its jobs. Under a protocol the jobs of the choice alone decide."""
-    tried = {rate: _of_stage(jobs, "choice") or jobs for rate, jobs in rates.items()}
-    best = min(tried, key=lambda rate: rank(tried[rate]))
-    fresh = [job for job in _of_stage(rates[best], "confirmation") if job["status"] != "waiting"]
+    """Choose an arm's learning rate among its jobs: the one at which it is measured, or else the best.
+
+    Runs on fresh seeds do not choose: a mean of several seeds would lose against a rate with one lucky seed.
+    """
+    tried = {rate: _of_stage(jobs, CHOOSING) or jobs for rate, jobs in rates.items()}
+    measured = [rate for rate, jobs in rates.items() if _of_stage(jobs, FRESH)]
+    best = measured[0] if len(measured) == 1 else min(tried, key=lambda rate: rank(tried[rate]))
+    fresh = [job for job in _of_stage(rates[best], FRESH) if job["status"] != "waiting"]
     return Choice(tried, best, fresh or tried[best], bool(fresh))
 
 
-def _of_stage(jobs: Sequence[JobResult], stage: str) -> list[JobResult]:
-    return [job for job in jobs if job["stage"] == stage]
+def _of_stage(jobs: Sequence[JobResult], stages: Sequence[str]) -> list[JobResult]:
+    return [job for job in jobs if job["stage"] in stages]
 
 
 def rank(jobs: Sequence[JobResult]) -> tuple[float, ...]:

@@ -88,6 +88,7 @@ def draw_report(directory: Path) -> Path:
     page = _environment().get_template("report.html.jinja").render(
         results=results,
         about=about(results, len({(group.table, *key) for group, arms in groups for key in arms})),
+        ladder=bool(results["ladder"]),
         behind=behind([rates for _, arms in groups for rates in arms.values()], jobs),
         verdict=_headlines(results, ramps, conditions),
         pairs=[(condition.title, pair) for condition in conditions for pair in condition.pairs if pair.p is not None],

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spannorm.lab.results.files import JobResult
-from spannorm.lab.results.groups import by_name, groups_of, values_of
+from spannorm.lab.results.groups import CHOOSING, FRESH, by_name, groups_of, values_of
 from spannorm.lab.results.statistics import CLAIM
 
 
@@ -44,7 +44,8 @@ def behind(arms: Sequence[Mapping[float | None, list[JobResult]]], jobs: Sequenc
     elsewhere = sum("taken_from" in job for job in jobs)
     if elsewhere:
         finished += f" {plural(elsewhere, 'result')} taken over from elsewhere (`taken_from` in results.json)."
-    fresh = {job["seed"] for job in jobs if job["stage"] == "confirmation"}
+    choosing, fresh = ({job["seed"] for job in jobs if job["stage"] in stages} for stages in (CHOOSING, FRESH))
+    fresh -= choosing
     if any(job["stage"] for job in jobs):
         look = "" if len(fresh) >= CLAIM else f": a look, not a claim, which takes {CLAIM} seeds"
         by_group = [its_jobs for group in groups_of(jobs) for its_jobs in by_name(group.jobs).values()]

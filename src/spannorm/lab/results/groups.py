@@ -12,6 +12,11 @@ from spannorm.lab.results.files import LARGEST, JobResult
 JobsByArm = dict[tuple[str, str], dict[float | None, list[JobResult]]]
 """By arm (placement, variant), then by learning rate."""
 
+CHOOSING = ("choice", "rate", "check")
+"""Stages whose runs choose an arm's learning rate: a protocol's, then a ladder's."""
+FRESH = ("confirmation", "rung", "held out")
+"""Stages whose runs measure an arm at the learning rate that it has."""
+
 _SHORT = {"num_hidden_layers": "{} blocks", "hidden_size": "width {}"}
 _ARM_KEYS = ("model.placement", "model.depth_rule", "train.seed", "train.learning_rate")
 
