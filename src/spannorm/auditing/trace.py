@@ -86,8 +86,8 @@ class Trace(TorchDispatchMode):
         self._inputs: list[Tensor] = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
         self._kept = [*model.buffers(), *model.parameters(), *self._inputs]
         self._tensors: dict[int, Tensor] = {}  # kept, so that an id stays one tensor's
-        self._modules = {name: module for name, module in model.named_modules()}
-        self._paths = {id(module): name for name, module in self._modules.items()}
+        self._model = model
+        self._paths = {id(m): n for n, m in model.named_modules()}
         self._by_id: dict[int, Node] = {}
         self._sharing: dict[int, set[int]] = {}  # storage → ids of the tensors that lie in it
         self.batch_first = self._inputs[0].shape[:2] if self._inputs and self._inputs[0].ndim == 2 else None
@@ -97,7 +97,7 @@ class Trace(TorchDispatchMode):
 
     def __enter__(self) -> Trace:
         # on each module: PyTorch's global hooks with arguments leave an entry behind, which changes torch.compile
-        for module in self._modules.values():
+        for module in self._model.modules():
             self._handles.append(module.register_forward_pre_hook(self._enters, prepend=True))
             self._handles.append(module.register_forward_hook(self._leaves, with_kwargs=True))
         super().__enter__()
