@@ -161,7 +161,10 @@ def test_multipliers_are_those_of_the_laws():
 
 def test_a_ladder_under_way_says_what_it_has_and_calls_the_rest_extrapolation():
     plan = LadderPlan(recipe())
+    every = finished(plan)
     found = outcome(plan, finished(plan, sealed=False), {"rung": "", "losses": {}})
+    begun = outcome(plan, dict(list(every.items())[:-1]), {"rung": "", "losses": {}})
+    assert begun["pairs"] == found["pairs"] and len(begun["points"]) > len(found["points"])
     (pair,) = found["pairs"]
     assert [row["extrapolated"] for row in pair["multipliers"]] == [False] * 4 + [True] * 3
     assert all(row["multiplier"] == pytest.approx(saved(row["compute"]), rel=0.05) for row in pair["multipliers"])

@@ -73,7 +73,10 @@ def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | N
     done = {name: None if r["status"] == "failed" else r["val_loss"] for name, r in results.items()}
     settled = plan.settled(done)
     known = points(plan, results, done) if settled else []
-    main = [p for p in known if p.rung < plan.sizes]
+    # a rung counts once all arms have finished it: curves through different sizes say nothing of each other
+    under_way = {plan.rungs.index(step.rung) for step in plan.steps(done) if step.job.name not in results}
+    whole = [p for p in known if p.rung not in under_way]
+    main = [p for p in whole if p.rung < plan.sizes]
     main = [p for p in main if len({q.rung for q in main if q.arm == p.arm}) >= 3]
     result: dict[str, Any] = {
         "rungs": [_rung(rung) for rung in plan.rungs],
@@ -91,7 +94,7 @@ def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | N
             for _, first, second in plan.plan.pairs
             if first in curve.powers and second in curve.powers
         ]
-    every = [p for p in known if len({(q.parameters, q.tokens) for q in known if q.arm == p.arm}) >= 6]
+    every = [p for p in whole if len({(q.parameters, q.tokens) for q in whole if q.arm == p.arm}) >= 6]
     if every and any(rung.kind == "tokens" for rung in plan.rungs):
         result["fit_size_and_tokens"] = _fit(fit(every, SIZE_AND_TOKENS), [])
     result["words"] = words(result)
