@@ -54,9 +54,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 program = ["-m", "spannorm", "train", recipe, "--out", out, "--data", data]
                 changes = ["--set", f"train.parallel={parallel}"]
+                # 25 steps may be too few to learn, which the exit code says: the files below tell whether it ran
                 subprocess.run(
                     [sys.executable, *launcher, *map(str, program), *changes],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=False,
                 )  # fmt: skip
                 lines = [json.loads(line) for line in Path(out, "records.jsonl").read_text().splitlines()]
                 losses[processes, parallel] = read_json(Path(out, "result.json"))["val_loss"]
