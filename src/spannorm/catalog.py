@@ -120,8 +120,8 @@ def markdown() -> str:
         "block's index from 0. `c` is the factor of a `:forward` [depth rule](depth_rules.md), or its learned gain; "
         "without such a rule it is 1.",
         "",
-        "Any depth rule runs with any placement. If the method's authors advise against a pair, the pair gives a "
-        "warning, with the reason and the source.",
+        "Any depth rule runs with any placement, except `:gain`: it needs a norm on both branches' outputs. If the "
+        "method's authors advise against a pair, the pair gives a warning, with the reason and the source.",
         "",
         "| name | equation | default depth rule | recommended base init |",
         "|---|---|---|---|",

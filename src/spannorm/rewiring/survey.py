@@ -75,7 +75,7 @@ def markdown(found: Iterable[Surveyed]) -> str:
         f"{bits + rounded} families can be rewired from the audit alone, without a row of the table "
         "([rewire.md](rewire.md#by-audit)). Each was rewired to its own wiring at its own depth: "
         f"{bits} then compute the same bits and {rounded} the same up to rounding, in eval mode, in training mode with "
-        "the gradient, and with a cache where they have one. Each also takes `span`.",
+        "the gradient, and with a cache where they have one. Each also takes `span`." + _rowless(rows, rewires),
         "",
         "| family | equation of a block | placement | rewires | depth-scaled | its original code |",
         "|---|---|---|---|---|---|",
@@ -95,6 +95,12 @@ def markdown(found: Iterable[Surveyed]) -> str:
     lines += ["", "## Not audited", ""]
     lines += [f"- `{r.model_type}`: {r.error}" for r in rows if r.audit is None]
     return "\n".join(lines) + "\n"
+
+
+def _rowless(rows: Iterable[Surveyed], rewires: Mapping[str, str]) -> str:
+    """A sentence on the families that can be rewired although the table has no row of them."""
+    names = [f"`{r.model_type}`" for r in rows if r.audit is None and rewires[r.model_type] in (BITS, ROUNDED)]
+    return f" Among them, without a row in the table (see the end): {', '.join(names)}." if names else ""
 
 
 def _short(positions: list[int]) -> str:
