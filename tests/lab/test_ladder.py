@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from spannorm.cli import app
 from spannorm.errors import InputError
+from spannorm.lab.jobs.cost import config_without_tokens
 from spannorm.lab.ladder.fit import Point, bootstrap, fit
 from spannorm.lab.ladder.outcome import outcome
 from spannorm.lab.ladder.plan import LadderPlan
 from spannorm.lab.ladder.run import PREDICTION, sealed
 from spannorm.lab.ladder.sizes import heads_of, rungs, shape
+from spannorm.models import SpanNormForCausalLM
 from spannorm.train.recipe import Recipe, recipe_from_dict
 
 RECIPE = {
@@ -32,7 +34,7 @@ RECIPE = {
     },
 }  # fmt: skip
 IRREDUCIBLE = 0.7
-LAWS = {"pre": (0.9, 0.10), "span": (0.8, 0.12)}
+LAWS = {"pre": (0.9, 0.10), "span": (0.8, 0.12), "keel": (0.9, 0.10), "gated": (0.9, 0.10)}
 """At 1e12 operations: the loss above E, and the exponent."""
 BEST = {"pre": 6e-3, "span": 6e-3}
 
@@ -110,6 +112,43 @@ def test_ladders_that_cannot_be_are_refused(ladder, message):
         LadderPlan(recipe(**ladder))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"num_attention_heads": 2}}, "take num_attention_heads out of the model section"),
+        ({"model": {"num_key_value_heads": 1}}, "take num_key_value_heads out of the model section"),
+        ({"arm": {"model.num_experts": 4}}, "take num_experts out of compare.arms"),
+        ({"arm": {"train.accumulation": 4}}, "take train.accumulation out of compare.arms"),
+        ({"arm": {"train.sequence_length": 32}}, "take train.sequence_length out of compare.arms"),
+    ],
+)
+def test_what_would_make_the_stated_parameters_or_tokens_untrue_is_refused(changes, message):
+    arms = [{"model.placement": "pre"}, {"model.placement": "span", **changes.get("arm", {})}]
+    compare = {**RECIPE["compare"], "arms": arms, "protocol": {}}
+    with pytest.raises(InputError, match=message):
+        LadderPlan(recipe_from_dict({**RECIPE, "model": changes.get("model", {}), "compare": compare}))
+
+
+def test_tokens_count_every_batch_of_a_step():
+    accumulated = rungs(recipe_from_dict({**RECIPE, "train": {**RECIPE["train"], "accumulation": 4}}))
+    for rung in accumulated:
+        assert rung.tokens == rung.steps * rung.batch * 4 * 64 == pytest.approx(rung.ratio * rung.parameters, rel=0.05)
+
+
+def test_an_arm_whose_placement_owns_matrices_has_their_operations_too():
+    compare = {"arms": [{"model.placement": "pre"}, {"model.placement": "gated"}], "grid": RECIPE["compare"]["grid"]}
+    plan = LadderPlan(recipe_from_dict({**RECIPE, "compare": compare}))
+    pre, gated = plan.arms
+    for i in (0, 3):
+        for arm, job in zip((pre, gated), (plan.plan.job(e, 3e-3, 0) for e in plan.arms_at[i]), strict=True):
+            model = SpanNormForCausalLM(config_without_tokens(job.recipe))
+            matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+            assert plan.parameters(arm, i) == matrices
+    assert plan.parameters(pre, 3) == plan.rungs[3].parameters < plan.parameters(gated, 3)
+    computes = {p["compute"] for p in outcome(plan, finished(plan, best={"pre": 6e-3, "gated": 6e-3}), None)["points"]}
+    assert {6.0 * plan.parameters(arm, i) * plan.rungs[i].tokens for arm in plan.arms for i in range(4)} <= computes
+
+
 def test_rates_are_found_on_the_smallest_sizes_and_carried_up_as_one_over_width():
     plan = LadderPlan(recipe())
     first = plan.steps({})
@@ -159,6 +198,19 @@ def test_multipliers_are_those_of_the_laws():
     assert pair["trend"]["low"] > 0 and "saves compute" in found["words"][0] and "grows" in found["words"][0]
 
 
+def test_a_multiplier_and_its_interval_come_of_the_same_fits():
+    # A third arm of another law moves the shared E, and with it every curve: the intervals must move too.
+    arms = [*RECIPE["compare"]["arms"], {"model.placement": "keel"}]
+    plan = LadderPlan(recipe_from_dict({**RECIPE, "compare": {**RECIPE["compare"], "arms": arms}}))
+    results = finished(plan, best={**BEST, "keel": 6e-3})
+    for step in plan.steps({name: r["val_loss"] for name, r in results.items()}):
+        if step.job.arm.startswith("keel"):
+            results[step.job.name]["test_loss"] = 1.2 + 0.5 * (step.rung.compute / 1e12) ** -0.3
+    (pair,) = outcome(plan, results, None)["pairs"]
+    for row in pair["multipliers"]:
+        assert row["low"] <= row["multiplier"] <= row["high"]
+
+
 def test_a_ladder_under_way_says_what_it_has_and_calls_the_rest_extrapolation():
     plan = LadderPlan(recipe())
     every = finished(plan)
@@ -189,7 +241,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     for _ in range(40):
         points = [
             Point(arm, i, seed, 1.0, c / 6, law(arm, c) * math.exp(0.002 * generator.normal()))
-            for i, c in enumerate(computes) for seed in range(3) for arm in LAWS
+            for i, c in enumerate(computes) for seed in range(3) for arm in ("pre", "span")
         ]  # fmt: skip
         curve_at = fit(points).loss("pre", computes[2])
         low, high = bootstrap(points, lambda f, at=curve_at: [math.log(f.multiplier("span", "pre", at))], draws=60)

@@ -33,8 +33,8 @@ def points(plan: LadderPlan, results: Results, done: Done, held_out: bool = True
         arm, i = step.job.arm, plan.rungs.index(step.rung)
         rate = own_rate(plan, arm, i, done)
         if rate is not None and step.job.recipe.train.learning_rate == rate:
-            rung = step.rung
-            points.append(Point(arm, i, step.job.recipe.train.seed, rung.parameters, rung.tokens, result["test_loss"]))
+            size = plan.parameters(arm, i)
+            points.append(Point(arm, i, step.job.recipe.train.seed, size, step.rung.tokens, result["test_loss"]))
     return points
 
 
@@ -58,12 +58,13 @@ def prediction(plan: LadderPlan, results: Results, done: Done) -> dict[str, Any]
     if not known:
         return {"rung": rung.name, "losses": {}}
     curve = fit(known)
-    low, high = bootstrap(known, lambda f: [f.loss(arm, rung.compute) for arm in curve.powers])
+    compute = {arm: 6.0 * plan.parameters(arm, plan.sizes - 1) * rung.tokens for arm in curve.powers}
+    low, high = bootstrap(known, lambda f: [f.loss(arm, c) for arm, c in compute.items()])
     return {
         "rung": rung.name,
         "losses": {
-            arm: {"loss": curve.loss(arm, rung.compute), "low": float(low[i]), "high": float(high[i])}
-            for i, arm in enumerate(curve.powers)
+            arm: {"loss": curve.loss(arm, c), "low": float(low[i]), "high": float(high[i])}
+            for i, (arm, c) in enumerate(compute.items())
         },
     }
 
@@ -89,11 +90,7 @@ def outcome(plan: LadderPlan, results: Results, predicted: Mapping[str, Any] | N
     if main:
         curve = fit(main)
         result["fit"] = _fit(curve, [{"arm": p.arm, "rung": p.rung, "seed": p.seed} for p in main])
-        result["pairs"] = [
-            _pair(curve, main, plan, first, second)
-            for _, first, second in plan.plan.pairs
-            if first in curve.powers and second in curve.powers
-        ]
+        result["pairs"] = _pairs(curve, main, plan)
     every = [p for p in whole if len({(q.parameters, q.tokens) for q in whole if q.arm == p.arm}) >= 6]
     if every and any(rung.kind == "tokens" for rung in plan.rungs):
         result["fit_size_and_tokens"] = _fit(fit(every, SIZE_AND_TOKENS), [])
@@ -153,29 +150,40 @@ def _held_out(plan: LadderPlan, main: Sequence[Point], predicted: Mapping[str, A
     return {"rung": predicted["rung"], "losses": losses}
 
 
-def _pair(curve: Fit, main: Sequence[Point], plan: LadderPlan, first: str, second: str) -> dict[str, Any]:
-    """How many times the first's compute the second takes to the loss that the second comes to, by size and beyond.
+def _pairs(curve: Fit, main: Sequence[Point], plan: LadderPlan) -> list[dict[str, Any]]:
+    """Of each pair, how many times the first's compute the second takes to the loss that the second comes to, by size
+    and beyond. What lies above the largest size that both were measured at is extrapolated.
 
-    What lies above the largest size that both were measured at is extrapolated.
+    The intervals come of the same fits as the multipliers: of every arm at once.
     """
     sizes = [rung.compute for rung in plan.rungs[: plan.sizes]]
     at = [*sizes, *(sizes[-1] * factor for factor in BEYOND)]
-    two = [p for p in main if p.arm in (first, second)]
-    last = min(max(p.rung for p in two if p.arm == arm) for arm in (first, second))
+    largest = {arm: max(p.rung for p in main if p.arm == arm) for arm in curve.powers}
+    known = [(a, b, min(largest[a], largest[b])) for _, a, b in plan.plan.pairs if a in largest and b in largest]
+
+    if not known:
+        return []
 
     def measured(f: Fit) -> list[float]:
-        values = [math.log(f.multiplier(first, second, f.loss(second, compute))) for compute in at]
-        return [*values, (values[last] - values[0]) / math.log(at[last] / at[0])]
+        """For each pair the log of its multiplier at each compute, and the slope of that."""
+        numbers = []
+        for first, second, last in known:
+            values = [math.log(f.multiplier(first, second, f.loss(second, compute))) for compute in at]
+            numbers += [*values, (values[last] - values[0]) / math.log(at[last] / at[0])]
+        return numbers
 
-    low, high = bootstrap(two, measured)
-    middle = np.array(measured(curve))
-    rows = [
-        {"compute": compute, "multiplier": float(np.exp(middle[i])), "low": float(np.exp(low[i])),
-         "high": float(np.exp(high[i])), "extrapolated": i > last}
-        for i, compute in enumerate(at)
-    ]  # fmt: skip
-    trend = {"slope": float(middle[-1]), "low": float(low[-1]), "high": float(high[-1])}
-    return {"first": first, "second": second, "multipliers": rows, "trend": trend}
+    by_pair = np.array([measured(curve), *bootstrap(main, measured)]).reshape(3, len(known), -1)
+    pairs = []
+    for (first, second, last), numbers in zip(known, by_pair.transpose(1, 2, 0), strict=True):
+        *multipliers, slope = numbers.tolist()
+        rows = [
+            {"compute": compute, **dict(zip(("multiplier", "low", "high"), map(math.exp, row), strict=True)),
+             "extrapolated": i > last}
+            for i, (compute, row) in enumerate(zip(at, multipliers, strict=True))
+        ]  # fmt: skip
+        trend = dict(zip(("slope", "low", "high"), slope, strict=True))
+        pairs.append({"first": first, "second": second, "multipliers": rows, "trend": trend})
+    return pairs
 
 
 def words(result: Mapping[str, Any]) -> list[str]:

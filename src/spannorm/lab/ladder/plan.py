@@ -10,10 +10,14 @@ The same plan comes of the same finished runs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from spannorm.errors import InputError
+from spannorm.lab.jobs.cost import config_without_tokens
 from spannorm.lab.jobs.plan import RATE, SEED, ArmInCondition, Done, Job, Plan
 from spannorm.lab.ladder.sizes import Rung, rungs
 from spannorm.train.needs import Needs
@@ -57,6 +61,7 @@ class LadderPlan:
         self.arms_at: list[list[ArmInCondition]] = list(self.plan.conditions.values())
         """By rung, in the order of the arms."""
         self.seeds = recipe.compare.protocol.seeds or (recipe.train.seed,)
+        self._parameters: dict[tuple[str, int], int] = {}
 
     @property
     def arms(self) -> list[str]:
@@ -113,6 +118,18 @@ class LadderPlan:
                     for fresh in self.seeds_of(last):
                         add(last, self.arms_at[last][arm], self.carried(best, last), fresh, HELD_OUT)
         return list(steps.values())
+
+    def parameters(self, arm: str, i: int) -> int:
+        """N of an arm on a rung: the sublayers' matrices, and those that the placement owns."""
+        if (arm, i) not in self._parameters:
+            index = self.arms.index(arm)
+            config = config_without_tokens(self.plan.job(self.arms_at[i][index], self.plan.rates[0], 0).recipe)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                blocks = config.stack.blocks(config.hidden_size)
+            matrices = [matrix for block in blocks for matrix in block.projections().values()]
+            self._parameters[arm, i] = self.rungs[i].parameters + sum(m.fan_out * m.fan_in for m in matrices)
+        return self._parameters[arm, i]
 
     def seeds_of(self, i: int) -> Sequence[int]:
         seeded = self.sizes - self.recipe.ladder.seeded_sizes <= i < self.sizes

@@ -25,19 +25,21 @@ class Rung:
     ratio: float
     """Tokens per parameter."""
     batch: int
-    """Sequences a step."""
+    """Sequences of a batch."""
     steps: int
+    accumulation: int
+    """Batches of so many sequences a step."""
     sequence_length: int
     warmup: int
 
     @property
     def parameters(self) -> int:
-        """Of the matrices inside blocks: `L·(4d² + 3·d·f)`. Norms, embedding and head are left out."""
+        """Of the sublayers' matrices: `L·(4d² + 3·d·f)`. Norms, embedding and head are left out."""
         return self.blocks * block_parameters(self.width, self.ffn)
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.batch * self.sequence_length
+        return self.steps * self.batch * self.accumulation * self.sequence_length
 
     @property
     def compute(self) -> float:
@@ -112,10 +114,10 @@ def rungs(recipe: Recipe) -> list[Rung]:
         tokens = ratio * blocks * block_parameters(width, ffn)
         first = first or tokens
         batch = max(1, round(t.batch_size * (tokens / first) ** ladder.batch_exponent))
-        steps = max(2, round(tokens / (batch * t.sequence_length)))
+        steps = max(2, round(tokens / (batch * t.accumulation * t.sequence_length)))
         warmup = min(max(1, round(ladder.warmup * steps)), steps - 1)
         heads = heads_of(width, ladder.head_size)
-        rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.sequence_length, warmup)
+        rung = Rung(kind, blocks, width, heads, ffn, ratio, batch, steps, t.accumulation, t.sequence_length, warmup)
         twin = next((r for r in rungs if r.overrides == rung.overrides), None)
         if twin is not None and kind == "size":
             raise InputError(
@@ -141,5 +143,25 @@ def _check_sizes(recipe: Recipe) -> None:
             raise InputError(
                 f"ladder.{key} must be at most {most} with {len(sizes)} sizes; got {getattr(ladder, key)}."
             )
-    if given := sorted({"num_hidden_layers", "hidden_size", "intermediate_size"} & set(recipe.model)):
-        raise InputError(f"a ladder chooses the model's sizes: take {', '.join(given)} out of the model section.")
+    for where, keys in (("the model section", set(recipe.model)), ("compare.arms", _of_arms(recipe, "model"))):
+        if given := sorted(_SIZES & keys):
+            raise InputError(f"a ladder chooses the model's sizes: take {', '.join(given)} out of {where}.")
+        if given := sorted(_COUNTED_OTHERWISE & keys):
+            raise InputError(
+                f"a ladder counts dense blocks in which every head has its own keys and values: take "
+                f"{', '.join(given)} out of {where}, or compare sizes with `spannorm compare`."
+            )
+    if given := sorted({"accumulation", "sequence_length"} & _of_arms(recipe, "train")):
+        raise InputError(
+            f"a ladder gives all arms the same tokens: take train.{', train.'.join(given)} out of compare.arms."
+        )
+
+
+_SIZES = {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"}
+_COUNTED_OTHERWISE = {"num_key_value_heads", "head_dim", "num_experts"}
+
+
+def _of_arms(recipe: Recipe, section: str) -> set[str]:
+    """The keys of one section that arms set."""
+    keys = {key.partition(".")[::2] for arm in recipe.compare.arms for key in arm}
+    return {key for name, key in keys if name == section}
