@@ -21,7 +21,7 @@ from lab_files import arm, comparison
 import spannorm
 from spannorm.console import Grid, PlainConsole
 from spannorm.errors import InputError
-from spannorm.files import check_writable, checked, read_json, read_text
+from spannorm.files import append_json, check_writable, checked, read_json, read_jsonl, read_text, write_jsonl
 from spannorm.folders import COMPARISON, EVALUATION, RUN, claim, sweep
 from spannorm.lab.compare import compare
 from spannorm.lab.report.page import draw_report
@@ -186,6 +186,16 @@ def test_files_that_never_end_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(corpus / "a.txt")
     with pytest.raises(InputError, match=r"a\.txt is not a regular file"):
         prepare_data(DataRecipe(corpus=str(corpus)), tmp_path / "data")
+
+
+def test_a_run_may_write_more_lines_than_one_file_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": step, "loss": 1.5} for step in range(50)]
+    write_jsonl(tmp_path / "probes.jsonl", rows)
+    monkeypatch.setattr("spannorm.files.LARGEST", 100)
+    assert read_jsonl(tmp_path / "probes.jsonl") == rows
+    append_json(tmp_path / "probes.jsonl", {"text": "x" * 100})
+    with pytest.raises(InputError, match="a line of more than 100 bytes"):
+        read_jsonl(tmp_path / "probes.jsonl")
 
 
 def test_a_shape_names_the_place_that_differs() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from spannorm.errors import DiskError, InputError
 from spannorm.values import finite
@@ -34,7 +34,7 @@ _TROUBLE = {
     errno.ELOOP: "a symbolic link is in the way, or leads back to itself",
 }
 LARGEST = 1 << 28
-"""Largest file that is read, in bytes (256 MiB). This package does not write longer ones."""
+"""Largest file that is read as a whole, and longest line, in bytes (256 MiB). This package writes none longer."""
 
 
 @contextmanager
@@ -144,14 +144,20 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     Raises:
         InputError: it is missing, not a regular file (a pipe or a device may never end), too long, or not UTF-8.
     """
+    with _regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise InputError(f"{path} holds {size:,} bytes, and at most {most:,} are read.")
+        return file.read(most + 1).decode("utf-8-sig")
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file to be read as UTF-8. What goes wrong within the block becomes an `InputError`."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{path} is not a regular file: give a file that can be read to its end.")
-            if about.st_size > most:
-                raise InputError(f"{path} holds {about.st_size:,} bytes, and at most {most:,} are read.")
-            return file.read(most + 1).decode("utf-8-sig")
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except UnicodeDecodeError as error:
@@ -170,15 +176,31 @@ def read_json(path: Path, shape: object = object) -> Any:
 
 
 def read_jsonl(path: Path, shape: object = dict) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file. An incomplete last line is left out; a missing file is empty.
+    """All of `jsonl`."""
+    return list(jsonl(path, shape))
+
+
+def jsonl(path: Path, shape: object = dict) -> Iterator[dict[str, Any]]:
+    """The complete lines of a JSONL file, one after the other: it may be longer than `LARGEST`.
+
+    An incomplete last line is left out; a missing file is empty.
 
     Raises:
-        InputError: a line that is not JSON, or not of the shape (`checked`).
+        InputError: a line that is not JSON, or not of the shape (`checked`), or longer than `LARGEST`.
     """
     if not path.exists() and not path.is_symlink():
-        return []
-    lines = enumerate(read_text(path).split("\n")[:-1], start=1)
-    return [checked(_parsed(line, f"{path}:{n}"), shape, f"{path}:{n}") for n, line in lines if line]
+        return
+    for n, line in enumerate(_lines(path), start=1):
+        if line:
+            yield checked(_parsed(line, f"{path}:{n}"), shape, f"{path}:{n}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _regular(path) as file:
+        while (line := file.readline(LARGEST + 1)).endswith(b"\n"):
+            yield line[:-1].decode("utf-8-sig")
+        if len(line) > LARGEST:
+            raise InputError(f"{path} has a line of more than {LARGEST:,} bytes: it was changed by hand.")
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -140,10 +140,20 @@ def test_a_crashed_job_is_named_with_its_log_and_tried_again(
         patch.setattr(sys, "executable", str(fake))
         results = compare(one, tmp_path / "out")
     arm = results["jobs"][0]
-    assert not results["complete"] and arm["status"] == "failed" and "crashed (exit code 3)" in arm["reason"]
+    assert not results["complete"] and arm["status"] == "crashed" and "crashed (exit code 3)" in arm["reason"]
     assert "boom" in (tmp_path / "out" / "jobs" / arm["job"] / "log.txt").read_text()
     results = compare(one, tmp_path / "out")
     assert results["complete"] and results["jobs"][0]["val_loss"] is not None
+
+
+def test_a_finished_job_on_other_tokens_is_refused(comparison: Recipe, tmp_path: Path) -> None:
+    one, out = replace(comparison, compare=CompareRecipe(arms=ARMS[:1])), tmp_path / "out"
+    job = compare(one, out)["jobs"][0]["job"]
+    described = json.loads((out / "jobs" / job / "run.json").read_text())
+    described["data"]["sha256"] = "0" * 64
+    (out / "jobs" / job / "run.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"begun on other tokens \(sha256 0000.*the corpus has changed"):
+        compare(one, out)
 
 
 def test_printed_commands_run_anywhere_and_the_comparison_gathers_them(
@@ -222,6 +232,15 @@ def test_ramps_take_a_recipes_arms_and_conditions_but_no_learning_rates(comparis
     )
     assert len(jobs) == 4
     assert all((j.recipe.train.schedule, j.recipe.train.learning_rate) == ("ramp", 0.5) for j in jobs)
+
+
+def test_ramps_leave_out_the_rates_and_schedules_of_arms_and_conditions(comparison: Recipe) -> None:
+    arms = (ARMS[0] | {"train.learning_rate": 1e-3}, ARMS[1] | {"train.schedule": "wsd"})
+    grid = {"size": ({"model.num_hidden_layers": 1, "train.learning_rate": 2e-3}, {"model.num_hidden_layers": 2})}
+    jobs = Plan(ramps(replace(comparison, compare=CompareRecipe(arms, grid)), 0.5)).jobs({})
+    assert [(j.recipe.train.schedule, j.recipe.train.learning_rate) for j in jobs] == [("ramp", 0.5)] * 4
+    with pytest.raises(InputError, match=r"without ladder\.sizes"):
+        ramps(replace(comparison, ladder=replace(comparison.ladder, sizes=(1, 2, 3, 4))))
 
 
 @pytest.mark.slow

@@ -72,7 +72,12 @@ def test_another_recipe_other_tokens_or_another_version_are_another_run(
     assert left("older") == 0, "a file written before there was a number"
     assert left("rate", replace(one, train=replace(one.train, learning_rate=0.02))) == 1
     assert left("data", replace(one, data=replace(one.data, validation_fraction=0.3))) == 1
-    run = raw["finished"][0]["run"]
+    run, result = raw["finished"][0]["run"], raw["finished"][0]["result"]
+    for holder, key, other in ((result, "precision", "bf16"), (run["data"], "vocab_size", 1026)):
+        own, holder[key] = holder[key], other
+        assert left(f"{key} {other}") == 1
+        holder[key] = own
+    assert left("said", replace(one, train=replace(one.train, precision="fp32"))) == 0, "what auto comes to here"
     run["versions"]["spannorm"] = "99.0"
     assert left("a later version whose runs end alike") == 0
     run["runs_since"] = "99.0"
@@ -92,9 +97,10 @@ def test_runs_of_0_1_0_which_wrote_its_version_alone_are_taken_over(small: Recip
 
 def test_the_name_and_the_place_of_the_text_are_free(recipe: Recipe) -> None:
     run = run_recipe(recipe)
-    same = identity(run | {"name": "x", "data": {**run["data"], "corpus": "/somewhere/else"}}, "tokens", "1")
-    assert same == identity(json.loads(json.dumps(run)), "tokens", "1"), "tuples and lists are the same"
-    assert same != identity(run | {"model": {**run["model"], "hidden_size": 64}}, "tokens", "1")
+    rest = ("tokens", "1", "fp32", 257)
+    same = identity(run | {"name": "x", "data": {**run["data"], "corpus": "/somewhere/else"}}, *rest)
+    assert same == identity(json.loads(json.dumps(run)), *rest), "tuples and lists are the same"
+    assert same != identity(run | {"model": {**run["model"], "hidden_size": 64}}, *rest)
 
 
 def test_what_holds_no_finished_run_is_refused_in_words(done: Path, tmp_path: Path) -> None:

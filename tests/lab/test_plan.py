@@ -114,6 +114,8 @@ TWICE = (*ARMS, {"model.placement": "span", "model.depth_rule": "none"})
         ({"seeds": (0, 1)}, "must be fresh"),
         ({"seeds": (1, 1)}, "must be fresh"),
         ({"grid": {"train.seed": (0, 1)}}, "take train.seed out"),
+        ({"grid": {"draw": ({"train.seed": 5}, {"train.seed": 6})}}, "take train.seed out"),
+        ({"arms": (*ARMS, {"model.placement": "peri", "train.seed": 1})}, "take train.seed out"),
         ({"grid": {"train.learning_rate": (1e-3, 2e-3)}}, "three or more"),
         ({"pairs": (("span", "per"),)}, "Known: pre 1/sqrt(2L)"),
         ({"pairs": (("span", "span"),)}, "two different arms"),

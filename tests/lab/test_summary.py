@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_files import comparison, played
+from lab_files import arm, comparison, played
 from scipy import stats
 
 from spannorm.lab.jobs.plan import Job
+from spannorm.lab.report.arms import choose, read_arms
 from spannorm.lab.report.figures.conditions import draw_tolerances
+from spannorm.lab.report.figures.training import draw_ramps
 from spannorm.lab.report.looks import looks
 from spannorm.lab.report.page import draw_report
+from spannorm.lab.results.files import read_results
+from spannorm.lab.results.groups import by_arm
 from spannorm.lab.results.summary import ConditionSummary, summaries_of, summarize_conditions, summary_lines
 from spannorm.lab.results.tolerance import tolerance_lines, tolerances
 from spannorm.train.recipe import Recipe, recipe_from_dict
@@ -133,6 +137,19 @@ def test_over_many_conditions_a_pair_with_failures_is_not_called_better() -> Non
     assert "ends below" not in lines
 
 
+def test_what_crashed_says_nothing_of_its_arm() -> None:
+    made = recipe()
+    rows = played(made, losses())
+    for row in rows:
+        if row["placement"] == "span" and (row["stage"] == "choice" or row["seed"] == 5):
+            row.update(status="crashed", reason="crashed (exit code -9)", val_loss=None, test_loss=None)
+    (condition,) = summarize_conditions(rows, made.compare.protocol.pairs)
+    span = next(s for s in condition.standings if s.arm.startswith("span"))
+    assert (span.learning_rate, span.failed_rates, span.failed, span.seeds) == (None, [], 0, 4)
+    assert condition.pairs[0].difference is not None and condition.pairs[0].failures["span none"] == (0, 4)
+    assert not any("Failed" in line and "span" in line for line in summary_lines([condition]))
+
+
 def test_what_fails_at_every_rate_is_not_compared() -> None:
     (condition,) = conditions()
     assert condition.pairs[1].difference is None
@@ -184,6 +201,22 @@ def ramp(arm: str, seed: int, rate: float | None, learned: bool = True) -> dict[
     placement, rule = arm.split()
     given = {"placement": placement, "depth_rule": rule, "seed": seed, "condition": {"model.num_hidden_layers": 8}}
     return {"arm": arm, "tables": [""], "tolerated": {"learned": learned, "rates": rates}, **given}
+
+
+def test_every_ramp_that_lost_all_ends_in_a_cross(tmp_path: Path) -> None:
+    def row(placement: str, steps: int, lost: float | None) -> dict[str, Any]:
+        rates = {"0.25": 1e-3, "0.5": 2e-3, "1": lost}
+        return arm(placement, steps_done=steps, tolerated={"learned": True, "rates": rates})
+
+    rows = [row("pre", 60, None), row("span", 60, 0.05), row("post", 40, 0.03)]
+    drawn = read_results(comparison(tmp_path / "out", rows) / "results.json")["jobs"]
+    by_key = by_arm(drawn)
+    choices = {key: choose(rates) for key, rates in by_key.items()}
+    (drawing,) = draw_ramps(read_arms(tmp_path / "out", choices, looks(by_key), []), 3.1)
+    (ax,) = drawing.figure.axes
+    colors = {line.get_color() for line in ax.lines if line.get_marker() == "X"}
+    expected = {look.color for key, look in looks(by_key).items() if key[0] != "pre"}
+    assert colors == expected and len(colors) == 2
 
 
 def test_tolerances_are_geometric_means_over_the_seeds_that_learned() -> None:

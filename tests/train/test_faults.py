@@ -13,17 +13,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes_fixtures import start, torchrun, write_recipe
 from safetensors.torch import load_file
 
-from spannorm.errors import InputError
+from spannorm.errors import InputError, Stopped
 from spannorm.train.checkpoints import SEAL, last_complete, seal
 from spannorm.train.data import TokenData
 from spannorm.train.engine import Engine
 from spannorm.train.recipe import Recipe, recipe_from_dict
+from spannorm.train.recorder import Recorder
+from spannorm.train.rollback import SpikeGuard
 from spannorm.train.run import train
 from spannorm.train.sequences import TrainingSequences, Windows
 
@@ -194,6 +197,24 @@ def test_a_nan_batch_is_skipped_where_the_recipe_says_so(
         result = train(skipping, tmp_path / "run", data=tokens.directory)
     assert result["status"] == "ok" and result["skipped_steps"] == [7, 20] and "step 7:" in caplog.text
     assert [r["loss"] for r in records(tmp_path / "run") if r.get("skipped")] == [None, None]
+
+
+def test_a_skipped_step_is_no_loss_of_zero_to_what_watches_the_loss(
+    often: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, 7)
+    seen: list[list[float]] = []
+    watched = SpikeGuard.on_log
+
+    def on_log(self: SpikeGuard, *args: Any, **kwargs: Any) -> None:
+        watched(self, *args, **kwargs)
+        seen.append(list(self.losses))
+
+    monkeypatch.setattr(SpikeGuard, "on_log", on_log)
+    skipping = replace(often, train=replace(often.train, on_nan="skip", on_spike="rollback"))
+    train(skipping, tmp_path / "run", data=tokens.directory)
+    taken = [r["loss"] for r in records(tmp_path / "run") if not r.get("skipped")]
+    assert seen[-1] == pytest.approx(taken, abs=1e-12) and 0.0 not in taken
 
 
 def test_a_skipped_step_leaves_the_weights_as_they_were(
@@ -438,6 +459,30 @@ def test_a_spike_is_rolled_back_and_its_sequences_left_out(
     monkeypatch.setattr(TrainingSequences, "__getitem__", without)
     train(long, tmp_path / "never", data=tokens.directory)
     assert_same_run(tmp_path / "run", tmp_path / "never")
+
+
+def test_a_run_that_was_stopped_rolls_back_to_where_an_uninterrupted_one_does(
+    long: Recipe, tokens: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, long, tokens, SPIKE)
+    train(long, tmp_path / "whole", data=tokens.directory)
+    ends, out = Recorder.on_step_end, tmp_path / "run"
+
+    def stopping(at: int) -> Callable[..., None]:
+        def on_step_end(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == at:
+                self.stopped_by = signal.SIGTERM
+            ends(self, args, state, control, **kwargs)
+
+        return on_step_end
+
+    for at in (143, 145, 147):  # more stops than checkpoints that stay
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Recorder, "on_step_end", stopping(at))
+            train(long, out, data=tokens.directory)
+    result = train(long, out, data=tokens.directory)
+    assert [(r["step"], r["to"]) for r in result["rollbacks"]] == [(SPIKE, 140)]
+    assert_same_run(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("again", [2, pytest.param(9, marks=pytest.mark.slow)])

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from spannorm.models import SpanNormConfig, SpanNormForCausalLM
+from spannorm.train.collapse import collapse
 from spannorm.train.data import TokenData
 from spannorm.train.ramp import WINDOW, tolerated
 from spannorm.train.recipe import Recipe
@@ -57,6 +60,16 @@ def test_a_ramp_rises_evenly_and_ends_when_all_is_lost(recipe: Recipe, tokens: T
     assert (
         result["tolerated"]["learned"] and 0 < rates["0.25"] <= rates["0.5"] <= rates["1"] <= lines[-1]["learning_rate"]
     )
+
+
+def test_every_sequence_counts_the_same_in_the_cost_of_a_block() -> None:
+    config = SpanNormConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, placement="pre"
+    )
+    model = SpanNormForCausalLM(config)
+    sequences = list(torch.randint(0, 29, (3, 8), generator=torch.Generator().manual_seed(0)))
+    in_one, in_two = (collapse(model, sequences, batch_size, bf16=False)["skip_cost"] for batch_size in (3, 2))
+    assert in_two == pytest.approx(in_one, rel=1e-4, abs=1e-6)
 
 
 def test_collapse_is_measured_after_training(recipe: Recipe, tokens: TokenData, tmp_path: Path) -> None:

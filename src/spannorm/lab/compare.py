@@ -140,7 +140,7 @@ def _opened(
         about["needs"] = asdict(plan.largest) if plan.largest else None
         planner = plan.jobs if isinstance(plan, Plan) else sealed(plan, out)
         planner = handed_over(planner, finished, tokens, out)
-        yield Runner(out, planner, data, imports, at_once, pool), about
+        yield Runner(out, planner, tokens, imports, at_once, pool), about
 
 
 def _apart(jobs: Sequence[Job]) -> list[Job]:

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
 from spannorm.console import Grid, wide_console
+from spannorm.errors import InputError
 from spannorm.lab.jobs.plan import RATE
 from spannorm.lab.results.files import JobResult
 from spannorm.lab.results.tolerance import tolerances
 from spannorm.train.ramp import PEAK, SHARE, SHARES
 from spannorm.train.recipe import CompareRecipe, Recipe, recipe_from_dict
 
+_OF_THE_RAMP = (RATE, "train.schedule")
+
 
 def ramps(recipe: Recipe, peak: float = PEAK) -> Recipe:
-    """The comparison that ramps every arm of a recipe under every condition of its grid, learning rates left out.
+    """The comparison that ramps every arm of a recipe under every condition of its grid.
+
+    Learning rates and schedules are left out, wherever the recipe has them.
 
     A ramp takes `train.steps` steps from 0 to `peak` (published: 5,000 steps to 5e-2). Name is the recipe's, with
     `-max-lr`, so that both may lie in the same folder of runs.
+
+    Raises:
+        InputError: the recipe has a ladder.
     """
-    grid = {key: values for key, values in recipe.compare.grid.items() if key != RATE}
+    if recipe.ladder.sizes:
+        raise InputError("a ladder chooses its rates itself: give max-lr a recipe without ladder.sizes.")
+    arms = tuple(_without_rates(arm) for arm in recipe.compare.arms or ({},))
+    grid = {
+        key: tuple(_without_rates(value) if isinstance(value, Mapping) else value for value in values)
+        for key, values in recipe.compare.grid.items()
+        if key not in _OF_THE_RAMP
+    }
     ramped = replace(
         recipe,
         name=f"{recipe.name}-max-lr",
         train=replace(recipe.train, schedule="ramp", learning_rate=peak),
-        compare=CompareRecipe(recipe.compare.arms or ({},), grid),
+        compare=CompareRecipe(arms, grid),
     )
     return recipe_from_dict(ramped.to_dict())
+
+
+def _without_rates(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if key not in _OF_THE_RAMP}
 
 
 def print_tolerances(jobs: Sequence[JobResult], console: Console | None = None) -> None:

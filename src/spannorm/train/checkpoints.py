@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ class Sealer(TrainerCallback):
         if is_first():
             folder = Path(str(args.output_dir))
             seal(folder / f"checkpoint-{state.global_step}")
-            rotate(folder)
+            rotate(folder, every=args.save_steps)
 
 
 def seal(checkpoint: Path) -> None:
@@ -77,11 +78,23 @@ def listed(folder: Path) -> list[str]:
     return [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)]
 
 
-def rotate(folder: Path, keep: int = KEPT) -> None:
-    """Remove the run's own sealed checkpoints except the latest. Their steps decide, because a clock may be wrong."""
+def rotate(folder: Path, keep: int = KEPT, every: float = math.inf) -> None:
+    """Remove the run's own sealed checkpoints except the latest. Their steps decide, because a clock may be wrong.
+
+    Args:
+        every: the latest whose step is a multiple of this stays too: a rollback returns to it.
+    """
     names = listed(folder)
     sealed = sorted((folder / name for name in names if _sealed(folder / name)), key=step_of, reverse=True)
-    _remove(folder, sealed[keep:])
+    regular = next((checkpoint for checkpoint in sealed if step_of(checkpoint) % every == 0), None)
+    _remove(folder, [checkpoint for checkpoint in sealed[keep:] if checkpoint != regular])
+
+
+def last_regular(folder: Path, every: float) -> Path | None:
+    """As `last_complete`, of the checkpoints whose step is a multiple of `every`. Those that a stop wrote are removed:
+    with them, a run that was stopped would return to another step than one that was not."""
+    _remove(folder, [path for name in listed(folder) if step_of(path := folder / name) % every])
+    return last_complete(folder)
 
 
 def _sealed(checkpoint: Path) -> bool:

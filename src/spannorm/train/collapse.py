@@ -41,7 +41,10 @@ def collapse(
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             record = measure(model, lambda: loss_of(batches[0]), similarity=False, spectrum=True)
-            costs = block_skip_costs(model, lambda: sum((loss_of(b) for b in batches), torch.zeros(())) / len(batches))
+            weights = [len(batch) / sum(map(len, batches)) for batch in batches]  # the last one may be shorter
+            costs = block_skip_costs(
+                model, lambda: sum((w * loss_of(b) for w, b in zip(weights, batches, strict=True)), torch.zeros(()))
+            )
             use = depth_use(model, loss_of, batches[: PARTS["batches"]], fit=others[: PARTS["fit"]], reach=1)
     finally:
         model.train(training)

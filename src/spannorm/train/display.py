@@ -22,7 +22,8 @@ from spannorm.train.recipe import Recipe
 
 _MOST_ROWS = 36
 _BARS = "▁▂▃▄▅▆▇█"
-_STYLES = {"waiting": "dim", "running": "cyan", "ok": "green", "failed": "bold red", "stopped": "yellow"}
+_STYLES = {"waiting": "dim", "running": "cyan", "ok": "green", "failed": "bold red", "crashed": "bold red",
+           "stopped": "yellow"}  # fmt: skip
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Board:
                 style="dim" if row.status == "waiting" else "",
             )
         elapsed = time.monotonic() - self._began
-        ended = sum(row.status in ("ok", "failed") for row in self.rows)
+        ended = sum(row.status in ("ok", "failed", "crashed") for row in self.rows)
         return Group(
             grid.fitted(self.console),
             Text(f"{ended} of {len(self.rows)} ended, {_clock(elapsed)} elapsed", style="dim"),

@@ -168,6 +168,11 @@ def arguments(t: TrainRecipe, out: Path, processes: int = 1) -> TrainingArgument
     )
 
 
+def precision_of(t: TrainRecipe) -> str:
+    """`bf16` or `fp32`: what the recipe's precision comes to on this machine."""
+    return "bf16" if uses_bf16(t) else "fp32"
+
+
 def uses_bf16(t: TrainRecipe) -> bool:
     """Whether the forward pass runs under bf16 autocast. `auto` means yes on a GPU with bf16."""
     if t.precision == "auto":

@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spannorm.errors import Interrupted
-from spannorm.files import append_json, read_jsonl, write_jsonl
+from spannorm.files import append_json, jsonl, write_jsonl
 from spannorm.train.health import ROUTING
 from spannorm.train.processes import any_of, count, is_first
 from spannorm.train.ramp import SHARES, Learned
@@ -112,8 +112,8 @@ class Recorder(TrainerCallback):
         # A resumed run repeats the steps after its checkpoint: their earlier records are removed.
         for name in (RECORDS, PROBES) if is_first() else ():
             shape = RECORD if name == RECORDS else PROBE
-            there = read_jsonl(self.folder / name, shape) if state.global_step else []
-            write_jsonl(self.folder / name, [r for r in there if r["step"] <= state.global_step])
+            there = jsonl(self.folder / name, shape) if state.global_step else ()
+            write_jsonl(self.folder / name, (r for r in there if r["step"] <= state.global_step))
         if state.global_step == 0:
             self._probe(0)
 
@@ -151,9 +151,11 @@ class Recorder(TrainerCallback):
         state.log_history.clear()
         if "grad_norm" not in logs:
             return
+        if self._skipped:  # the engine made it 0; the callbacks after this one read it too
+            logs["loss"] = math.nan
         record = {
             "step": state.global_step,
-            "loss": math.nan if self._skipped else logs["loss"],
+            "loss": logs["loss"],
             "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "seconds": round(self._seconds, 6),
@@ -185,7 +187,7 @@ class RampEnd(TrainerCallback):
         self.folder, self.learned = folder, Learned(unigram_loss)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        for record in read_jsonl(self.folder / RECORDS, RECORD):
+        for record in jsonl(self.folder / RECORDS, RECORD):
             if record["step"] <= state.global_step:
                 self.learned.lost(record["loss"])
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spannorm.files import append_json, read_jsonl
-from spannorm.train.checkpoints import last_complete, step_of
+from spannorm.train.checkpoints import last_regular, step_of
 from spannorm.train.health import WINDOW, spikes
 from spannorm.train.processes import any_of, on_first
 from spannorm.train.recorder import RECORD, RECORDS
@@ -52,12 +52,14 @@ class SpikeGuard(TrainerCallback):
         loss = logs["loss"] if "grad_norm" in logs else math.nan
         if not math.isfinite(loss):
             return  # `train.on_nan` decides about losses that are not finite
-        if any_of(bool(spikes([*self.losses, loss]))) and on_first(lambda: self._roll_back(state.global_step, loss)):
+        if any_of(bool(spikes([*self.losses, loss]))) and on_first(
+            lambda: self._roll_back(state.global_step, loss, args.save_steps)
+        ):
             self.rolled_back, control.should_training_stop, control.should_save = True, True, False
         self.losses.append(loss)
 
-    def _roll_back(self, step: int, loss: float) -> bool:
-        checkpoint = last_complete(self.folder)
+    def _roll_back(self, step: int, loss: float, every: float) -> bool:
+        checkpoint = last_regular(self.folder, every)
         to = step_of(checkpoint) if checkpoint else 0
         if [past["to"] for past in read_jsonl(self.folder / ROLLBACKS, ROLLBACK)].count(to) == ATTEMPTS:
             logger.warning("step %d: the loss spikes (%.3f) after %d rollbacks to step %d; the run goes on.",

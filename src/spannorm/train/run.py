@@ -204,17 +204,24 @@ def _begin(out: Path, recipe: Recipe, model: SpanNormForCausalLM, tokens: TokenD
     if not begun:
         with writing_to(out):
             write_json(out / RUN, describe(run_recipe(recipe), model, tokens))
-    elif (before := read_json(out / RUN)["data"]["sha256"]) != tokens.sha256:
-        raise InputError(
-            f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
-            "has changed. Choose another --out folder."
-        )
+    else:
+        check_tokens(out, tokens)
     with writing_to(out):
         checkpoint = last_complete(out)
     if checkpoint is not None:
         check_config(checkpoint, model.config)
     check_way(out, step_of(checkpoint) if checkpoint else 0, recipe.train.checkpoint_every, recipe.train.steps)
     return checkpoint
+
+
+def check_tokens(out: Path, tokens: TokenData) -> None:
+    """Refuse the run in a folder if it was begun on other tokens."""
+    before = read_json(out / RUN, {"data": {"sha256": str}})["data"]["sha256"]
+    if before != tokens.sha256:
+        raise InputError(
+            f"the run in {out} was begun on other tokens (sha256 {before[:16]}, now {tokens.sha256[:16]}): the corpus "
+            "has changed. Choose another --out folder."
+        )
 
 
 def _finish(

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from spannorm.files import read_jsonl
+from spannorm.files import jsonl, read_jsonl
 from spannorm.models import SpanNormForCausalLM
 from spannorm.routing import RoutingRecord
 from spannorm.train.data import TokenData
-from spannorm.train.engine import uses_bf16
+from spannorm.train.engine import precision_of, uses_bf16
 from spannorm.train.environment import RUNS_SINCE, machine, matrix_rate, versions
 from spannorm.train.health import failure, spike_steps
 from spannorm.train.processes import count
@@ -71,8 +71,8 @@ def summarize(
     seconds = statistics.median(r["seconds"] for r in records)
     per_step = t.sequence_length * t.batch_size * t.accumulation
     after_warmup = [r["grad_norm"] for r in records if r["step"] > t.warmup_steps and r["grad_norm"] is not None]
-    probes = read_jsonl(out / PROBES, PROBE)
-    routing = [RoutingRecord(**p["routing"]).summary() for p in probes if "routing" in p]
+    initial = next(jsonl(out / PROBES, PROBE), {"loss": None})["loss"]
+    routing = [RoutingRecord(**p["routing"]).summary() for p in jsonl(out / PROBES, PROBE) if "routing" in p]
     dtype = torch.bfloat16 if uses_bf16(t) else torch.float32
     rate = matrix_rate(model.device, dtype) * count()
     per_token = flops_per_token(model, t.sequence_length)
@@ -88,7 +88,7 @@ def summarize(
         "test_loss": losses["test"],
         "bits_per_byte": losses["validation"] / tokens.bytes_per_token("validation") / math.log(2),
         "unigram_loss": unigram,
-        "initial_loss": probes[0]["loss"],
+        "initial_loss": initial,
         "skipped_steps": skipped,
         "rollbacks": read_jsonl(out / ROLLBACKS, ROLLBACK),
         "spikes": len(spiked),
@@ -107,7 +107,7 @@ def summarize(
         "steps_done": len(records),
         "tokens": per_step * len(records),
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if uses_bf16(t) else "fp32",
+        "precision": precision_of(t),
         "routing": routing[-1] if routing else None,
         **({"tolerated": tolerated(records, unigram)} if ramp else {}),
     }

@@ -1,7 +1,7 @@
 """Finished runs from another machine or an earlier day: taken over by what they are, so that none is made twice.
 
-A run is the same as another when its recipe (its name and where its text lies aside), the hash of its tokens and
-`RUNS_SINCE` are the same. What code of the user's own does (`--import`) is not looked at.
+A run is the same as another when its recipe (its name and where its text lies aside), its precision, the hash of its
+tokens, their vocabulary and `RUNS_SINCE` are the same. What code of the user's own does (`--import`) is not looked at.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from spannorm.files import make_folder, read_json, write_json, writing_to
 from spannorm.folders import own_folder
 from spannorm.lab.jobs.plan import Done, Job
 from spannorm.train.data import TokenData
+from spannorm.train.engine import precision_of
 from spannorm.train.environment import RUNS_SINCE
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import PROBES, RECORDS
 from spannorm.train.run import RESULT, RESULT_SHAPE, RUN, run_recipe
 
-_RUN_SHAPE = {**folders.RUN.shape, "versions": {"spannorm": str}, "runs_since?": str, "machine": dict}  # type: ignore[dict-item]
+_RUN_SHAPE = {
+    **folders.RUN.shape, "versions": {"spannorm": str}, "runs_since?": str, "machine": dict,  # type: ignore[dict-item]
+    "data": {"sha256": str, "vocab_size": int},
+}  # fmt: skip
 FORMAT = 1
 """Of the file that `merge` writes; a file without the number is of format 1 too."""
 _SHAPE = {"format?": int, "finished": [{"run": _RUN_SHAPE, "result": RESULT_SHAPE}]}
@@ -45,18 +49,23 @@ class Finished:
     @property
     def identity(self) -> str:
         since = self.run.get("runs_since") or self.run["versions"]["spannorm"]  # 0.1.0 wrote its version alone
-        return identity(self.run["recipe"], self.run["data"]["sha256"], since)
+        recipe, precision = self.run["recipe"], self.result.get("precision", "fp32")
+        return identity(recipe, self.run["data"]["sha256"], since, precision, self.run["data"]["vocab_size"])
 
 
-def identity(recipe: Mapping[str, Any], tokens_sha256: str, runs_since: str) -> str:
+def identity(recipe: Mapping[str, Any], tokens_sha256: str, runs_since: str, precision: str, vocab_size: int) -> str:
     """A hash of all that decides how a run ends, but for the machine's rounding.
 
     Args:
         recipe: of one run (`run_recipe`). Its tokens stand for its `data`, and its name is free.
         runs_since: `RUNS_SINCE` of the code that ran it.
+        precision: `fp32` or `bf16`: what the recipe's `auto` came to.
+        vocab_size: of the tokenizer.
     """
     decides = {key: value for key, value in recipe.items() if key not in ("name", "data")}
-    return hashlib.sha256(json.dumps([decides, tokens_sha256, runs_since], sort_keys=True).encode()).hexdigest()
+    decides["train"] = {key: value for key, value in decides["train"].items() if key != "precision"}
+    rest = [tokens_sha256, runs_since, precision, vocab_size]
+    return hashlib.sha256(json.dumps([decides, *rest], sort_keys=True).encode()).hexdigest()
 
 
 def read_finished(path: Path) -> list[Finished]:
@@ -126,7 +135,9 @@ def handed_over(
             folder = out / "jobs" / job.name
             if job.name in done or (folder / RUN).exists():
                 continue
-            if run := known.get(identity(run_recipe(job.recipe), tokens[job.recipe.data].sha256, RUNS_SINCE)):
+            data, precision = tokens[job.recipe.data], precision_of(job.recipe.train)
+            same = identity(run_recipe(job.recipe), data.sha256, RUNS_SINCE, precision, data.vocab_size)
+            if run := known.get(same):
                 _take(run, job, folder)
         return planned
 
@@ -136,10 +147,10 @@ def handed_over(
 def _take(run: Finished, job: Job, folder: Path) -> None:
     own_folder(folder.parent)
     own_folder(folder)
+    write_json(folder / RUN, run.run | {"recipe": run_recipe(job.recipe)})
     if run.source.is_dir():
         for name in (RECORDS, PROBES):
             if (run.source / name).is_file():
                 shutil.copyfile(run.source / name, folder / name)
-    write_json(folder / RUN, run.run | {"recipe": run_recipe(job.recipe)})
     origin = {key: run.run["machine"].get(key) for key in ("processor", "device")}
     write_json(folder / RESULT, run.result | {"taken_from": {"source": str(run.source), **origin}})

@@ -244,10 +244,12 @@ class Plan:
 
     def _check_protocol(self) -> None:
         seeds, own = self.protocol.seeds, self.recipe.train.seed
-        if self._in_grid(SEED):
+        grid = self.recipe.compare.grid
+        by_name = [value for values in grid.values() for value in values if isinstance(value, Mapping)]
+        if self._in_grid(SEED) or any(SEED in given for given in (*self.recipe.compare.arms, *by_name)):
             raise InputError(
                 f"under compare.protocol the seeds are train.seed ({own}) for the choice and compare.protocol.seeds "
-                "for the confirmation: take train.seed out of compare.grid."
+                "for the confirmation: take train.seed out of compare.grid and compare.arms."
             )
         if own in seeds or len(set(seeds)) < len(seeds):
             raise InputError(

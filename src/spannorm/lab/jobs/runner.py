@@ -24,11 +24,12 @@ from spannorm.lab.jobs.plan import Done, Job
 from spannorm.lab.results.files import JobResult
 from spannorm.models import SpanNormConfig
 from spannorm.train.checkpoints import rotate
+from spannorm.train.data import TokenData
 from spannorm.train.display import Board, Row
 from spannorm.train.environment import cores
 from spannorm.train.recipe import DataRecipe
 from spannorm.train.recorder import RECORD, RECORDS
-from spannorm.train.run import RESULT, RESULT_SHAPE, model_config, run_recipe
+from spannorm.train.run import RESULT, RESULT_SHAPE, check_tokens, model_config, run_recipe
 
 Planner = Callable[[Done], list[Job]]
 
@@ -81,7 +82,7 @@ class Runner:
 
     Args:
         out: the comparison's folder.
-        data: the folder of the tokens of each data section.
+        tokens: those of each data section. A finished job on other tokens is an `InputError`.
         imports: files that every job runs first.
         at_once: jobs at a time; 0 means one per GPU, or as many as the cores carry.
         pool: where they run; None means here.
@@ -91,12 +92,12 @@ class Runner:
         self,
         out: Path,
         plan: Planner,
-        data: Mapping[DataRecipe, Path],
+        tokens: Mapping[DataRecipe, TokenData],
         imports: Sequence[Path],
         at_once: int = 0,
         pool: Pool | None = None,
     ) -> None:
-        self.out, self.plan, self.data, self.imports = out, plan, data, imports
+        self.out, self.plan, self.tokens, self.imports = out, plan, tokens, imports
         self.jobs: list[Job] = []
         self.rows: dict[str, Row] = {}
         self.results: dict[str, dict[str, Any]] = {}
@@ -162,7 +163,7 @@ class Runner:
         own_folder(folder)
         write_text(folder / "recipe.yaml", yaml.safe_dump(run_recipe(job.recipe), sort_keys=False))
         command = [sys.executable, "-P", "-m", "spannorm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
-        command += ["--data", str(self.data[job.recipe.data])]
+        command += ["--data", str(self.tokens[job.recipe.data].directory)]
         return command + [word for path in self.imports for word in ("--import", str(path))]
 
     def folder(self, job: Job) -> Path:
@@ -187,13 +188,14 @@ class Runner:
             row.restart()
         row.add(records)
         if (folder / RESULT).is_file() and (code is not None or job.name not in self._running):
+            check_tokens(folder, self.tokens[job.recipe.data])
             result = self.results[job.name] = read_json(folder / RESULT, RESULT_SHAPE)
             rotate(folder, keep=0)  # a finished run is only read: hundreds would fill a disk
             row.status, row.note = result["status"], f"failed: {result['reason']}" if result["reason"] else ""
         elif code in (75, 130):  # a scheduler stops every process, and a job has saved
             row.status = "stopped"
         elif code is not None:
-            row.status, row.note = "failed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
+            row.status, row.note = "crashed", f"crashed (exit code {code}), see {folder / 'log.txt'}"
         if code is None:
             return False
         _, slot, log = self._running.pop(job.name)

@@ -44,8 +44,8 @@ def print_results(results: dict[str, Any], out: Path, console: Console | None = 
                 _figure(job.get("max_grad_norm"), ".2f"),
                 _figure(job.get("spikes"), "d"),
                 _figure(job.get("tokens_per_second"), ",.0f"),
-                f"failed: {job['reason']}" if job["status"] == "failed" else job["status"],
-                style="red" if job["status"] == "failed" else "",
+                f"failed: {job['reason']}" if job["status"] == "failed" else job["reason"] or job["status"],
+                style="red" if job["status"] in ("failed", "crashed") else "",
             )
         console.print(grid.fitted(console))
     for line in summary_lines(summaries_of(results)):

@@ -45,7 +45,7 @@ _RESULTS = {
 }  # fmt: skip
 """What a report needs of `results.json`; see `spannorm.files.checked`."""
 _MOST_STEPS = 10**12
-_STATES = ("waiting", "running", "stopped", "ok", "failed")
+_STATES = ("waiting", "running", "stopped", "crashed", "ok", "failed")
 
 
 def _parsed(text: str) -> Any:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from spannorm.lab.results.files import LARGEST, JobResult, read_lines
 from spannorm.lab.results.groups import values_of
 from spannorm.train.health import ROUTING
+from spannorm.train.ramp import SHARES
 
 Array = NDArray[np.float64]
 
@@ -46,6 +47,8 @@ class Run:
     """By task; see `spannorm.evaluate.harness.evaluate`."""
     routing: dict[str, Series] = field(default_factory=dict)
     """Of a mixture of experts: what its routers did, by name of `spannorm.train.health.ROUTING`."""
+    all_lost: bool = False
+    """Whether it is a ramp that ended because all that was learned was lost."""
 
 
 def read_run(directory: Path, job: JobResult, unread: list[str]) -> Run:
@@ -79,4 +82,5 @@ def read_run(directory: Path, job: JobResult, unread: list[str]) -> Run:
         job.get("collapse") or {},
         job.get("evaluation") or {},
         {name: measured for name in ROUTING if len((measured := series(name)).steps)},
+        bool(job["tolerated"]) and job["tolerated"]["rates"][f"{max(SHARES):g}"] is not None,
     )

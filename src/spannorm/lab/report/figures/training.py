@@ -283,7 +283,7 @@ def draw_ramps(arms: Sequence[Arm], unigram: float | None) -> list[Drawing]:
     top = (unigram or max(lows)) + 0.3
     ax.set(xlim=(0, peak), ylim=(min(lows) - 0.1, top), xlabel="learning rate", ylabel="training loss (nats per token)")
     for arm, x, y in ends:
-        if x < 0.98 * peak:
+        if any(run.all_lost for run in arm.shown):
             cross(ax, x, y, arm)
     if unigram is not None:
         ax.axhline(unigram, color="#222222", linewidth=0.9, linestyle=(0, (1, 2)))
