@@ -108,6 +108,9 @@ def test_a_pair_may_be_named_in_full_or_by_a_placement_that_one_arm_has(recipe: 
 TWICE = (*ARMS, {"model.placement": "span", "model.depth_rule": "none"})
 
 
+OTHER_TEXT = (*ARMS, {"model.placement": "peri", "data.tokenizer": "bpe"})
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -121,6 +124,7 @@ TWICE = (*ARMS, {"model.placement": "span", "model.depth_rule": "none"})
         ({"pairs": (("span", "span"),)}, "two different arms"),
         ({"pairs": (("span", "pre", "span"),)}, "two arms each"),
         ({"pairs": (("span", "pre"),), "arms": TWICE}, "span none"),
+        ({"pairs": (("peri", "pre"),), "arms": OTHER_TEXT}, "have other `data`"),
     ],
 )
 def test_a_protocol_that_cannot_be_followed_is_refused(recipe: Recipe, given: dict[str, Any], says: str) -> None:

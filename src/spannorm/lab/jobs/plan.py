@@ -234,13 +234,26 @@ class Plan:
                         f"compare.protocol.pairs must name two different arms each, and no more: {list(pair)} can be "
                         f"{', '.join([*first, *second])}."
                     )
-                in_tables += [(table, first[0], second[0])] if first and second else []
+                if first and second:
+                    self._check_same_text(table, first[0], second[0])
+                    in_tables.append((table, first[0], second[0]))
             if not in_tables:
                 every = dict.fromkeys(self.job(e, self.rates[0], self.seeds[0]).arm for e in self._arms())
                 wrong = next((name for name in pair if not arms_named(name, every)), pair[0])
                 raise unknown("arm in compare.protocol.pairs", wrong, every)
             pairs += in_tables
         return pairs
+
+    def _check_same_text(self, table: str, *pair: str) -> None:
+        """Refuse two arms on other tokens: a loss is in nats per token, and their tokens are not alike."""
+        for (of, _), arms in self.conditions.items():
+            jobs = [self.job(e, self.rates[0], self.seeds[0]) for e in arms if of == table]
+            text = {job.recipe.data for job in jobs if job.arm in pair}
+            if len(text) > 1:
+                raise InputError(
+                    f"compare.protocol.pairs compares losses per token, and {' and '.join(pair)} have other `data`: "
+                    "compare arms on the same tokens, or read bits per byte from the table and name no pair."
+                )
 
     def _check_protocol(self) -> None:
         seeds, own = self.protocol.seeds, self.recipe.train.seed

@@ -45,11 +45,12 @@ def _curves(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look]) ->
         y = [curve.loss(name, c) for c in x]
         ax.plot(x, y, linewidth=1.2, label=arm.label, **arm.look.line)
         ax.plot([p["compute"] * aside for p in points], [p["loss"] for p in points], "o", markersize=3.2,
-                color=arm.look.color)  # fmt: skip
+                label=f"{arm.label}, runs", color=arm.look.color)  # fmt: skip
         predicted = ((ladder["prediction"] or {}).get("losses") or {}).get(name)
         if predicted:
             interval = [predicted["low"], predicted["high"]]
-            ax.plot([max(sizes) * aside] * 2, interval, linewidth=3.5, alpha=0.25, color=arm.look.color)
+            ax.plot([max(sizes) * aside] * 2, interval, linewidth=3.5, alpha=0.25, color=arm.look.color,
+                    label=f"{arm.label}, predicted interval")  # fmt: skip
         ends[arm.label] = y[-1]
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -79,7 +80,7 @@ def _multipliers(ladder: Mapping[str, Any], looks: Mapping[tuple[str, str], Look
             ax.plot([r["compute"] for r in known], [r["multiplier"] for r in known], marker="o", markersize=3.5,
                     label=arm.label, **arm.look.line)  # fmt: skip
             ax.plot(x[len(known) - 1 :], [r["multiplier"] for r in rows[len(known) - 1 :]], ":", linewidth=1.0,
-                    color=arm.look.color)  # fmt: skip
+                    color=arm.look.color, label=f"{arm.label}, extrapolated")  # fmt: skip
             ax.fill_between(x, [r["low"] for r in rows], [r["high"] for r in rows], color=arm.look.color, alpha=0.13,
                             linewidth=0)  # fmt: skip
             ends[arm.label] = rows[-1]["multiplier"]
