@@ -17,7 +17,7 @@ F64, EPS, WIDTH = torch.float64, 1e-3, 8
 
 def own_parameters(placement: nn.Module) -> dict[str, nn.Parameter]:
     """A placement's parameters by the names that its equation has for them."""
-    return {name.removeprefix("gains_norm."): p for name, p in placement.named_parameters()}
+    return {name.removeprefix("gains_norm.").removeprefix("matrices."): p for name, p in placement.named_parameters()}
 
 
 class Case:
@@ -246,7 +246,7 @@ def mhc_readout(k: Case, state: Tensor) -> Tensor:
 
 def gated_read(k: Case, R: list[Tensor], site: str) -> tuple[Tensor, Tensor]:
     n, r = len(R), 1  # an eighth of the width
-    normed = [k.N(x, f"{site}_norm_{i}") for i, x in enumerate(R)]
+    normed = [k.N(x, f"{site}_{i}_norm") for i, x in enumerate(R)]
     flat = torch.cat(normed, dim=-1)
     inside = flat @ k.leaf(f"{site}_down", r, n * WIDTH).T / n
     gates = torch.sigmoid(inside * torch.sigmoid(inside) @ k.leaf(f"{site}_up", n * WIDTH, r).T)

@@ -211,7 +211,7 @@ FACTS: dict[str, Fact] = {
     ),
     "gated": Fact(
         eq.gated, final_norm=False, adds=("attn_add", "ffn_add"), sums=lambda b: NAMED, streams=4, own=gated_start,
-        norms=tuple(f"{site}_norm_{i}" for site in ("attn", "ffn") for i in range(4)), readout=eq.gated_readout,
+        norms=tuple(f"{site}_{i}_norm" for site in ("attn", "ffn") for i in range(4)), readout=eq.gated_readout,
         on_stream=("readout",), options={"streams": 2, "rank": 2}, theory=None,
     ),
     "attnres": Fact(

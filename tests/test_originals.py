@@ -223,7 +223,7 @@ def gated_pairs(theirs: Any, site: str) -> dict[str, Tensor]:
     gains = [nn.Parameter(torch.randn(WIDTH, dtype=F64)) for _ in range(4)]
     del theirs.hc_norm.weight
     theirs.hc_norm.weight = torch.cat(gains) - 1  # they store a gain as what is added to 1
-    return pairs | {f"{site}_norm_{i}.weight": gain for i, gain in enumerate(gains)}
+    return pairs | {f"{site}_{i}_norm.weight": gain for i, gain in enumerate(gains)}
 
 
 @pytest.mark.parametrize("b", [1, DEPTH - 1])

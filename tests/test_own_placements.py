@@ -13,7 +13,7 @@ from torch import nn
 
 import spannorm
 from spannorm import InputError, Placement, Stack, probes, theory
-from spannorm.placements import PLACEMENTS, Gains
+from spannorm.placements import PLACEMENTS, Owned
 
 OWN = {"hyper": Hyper, "gated_pre": Gated, "mixed": Mixed}
 
@@ -31,7 +31,7 @@ def model_of(tiny_config, name: str, **more):
 
 
 def own_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    owners = {n: m for n, m in model.named_modules() if isinstance(m, (Placement, Gains))}
+    owners = {n: m for n, m in model.named_modules() if isinstance(m, (Placement, Owned))}
     return {f"{n}.{k}": p for n, m in owners.items() for k, p in m.named_parameters(recurse=False)}
 
 
@@ -83,7 +83,7 @@ def test_the_values_are_those_the_method_says(tiny_config):
     assert not torch.equal(own, other)
 
 
-@pytest.mark.parametrize("wrong", ["gains_norm.attn_mix", "ffn_dynamic", "gains_norm.dynamic_gain"])
+@pytest.mark.parametrize("wrong", ["gains_norm.attn_mix", "matrices.ffn_dynamic", "gains_norm.dynamic_gain"])
 def test_the_receipt_finds_an_own_parameter_that_is_not_what_it_should_be(tiny_config, wrong):
     model = model_of(tiny_config, "hyper")
     with torch.no_grad():

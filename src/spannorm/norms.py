@@ -21,7 +21,7 @@ def scaled_add(x: Stream, f: Stream, *, skip: Scale = 1.0, branch: Scale = 1.0) 
         x = skip * x
     if isinstance(branch, float):
         return torch.add(x, f, alpha=branch)
-    return torch.addcmul(x, f, branch.to(f.dtype))
+    return torch.addcmul(x, f, branch.to(torch.promote_types(x.dtype, f.dtype)))
 
 
 class Norm(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spannorm.errors import InputError
 from spannorm.norms import Norm
-from spannorm.placements import Gains, Placement
+from spannorm.placements import Owned, Placement
 from spannorm.scaling import ROLES, DepthRule, Role, depth_rule
 
 
@@ -136,10 +136,10 @@ def _what(
     owner, full = owners[0], path if leaf == "weight" else [*path, leaf]
     if isinstance(owner, Norm) and leaf in owner.STARTS:
         return "norm", owner.STARTS[leaf], 1.0
-    if isinstance(owner, Placement):
-        return "projection", 0.0, owner.projections()[leaf].scale
-    if isinstance(owner, Gains):
+    if isinstance(owner, Owned):
         placement: Any = owners[1]
+        if path[-1] == "matrices":
+            return "projection", 0.0, placement.projections()[leaf].scale
         with torch.device("cpu"):  # on any device of the model, because a meta tensor has no value
             return "gain", placement.own_gains()[leaf], 1.0
     for start in range(len(full)):  # the longest end of the path first

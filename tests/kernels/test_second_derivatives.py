@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from spannorm import InputError, Stack, kernels
@@ -118,6 +119,15 @@ def test_a_hessian_vector_product_is_that_of_finite_differences(placement, norm)
 
 # PyTorch's own forward mode is scripted, which it deprecates
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
+@forward_mode
+def test_dual_numbers_give_what_functorchs_forward_mode_gives() -> None:
+    x, along = torch.randn(2, 1, 3, 8, dtype=torch.float64).unbind(0)
+    norm = build_norm("rmsnorm", 8).double()
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, along)))
+    torch.testing.assert_close((y.primal, y.tangent), jvp(norm, (x,), (along,)))
 
 
 @forward_mode

@@ -71,13 +71,80 @@ def test_weights_on_cpu_or_disk_are_brought_when_they_are_needed(
     sizes = {"num_experts": 4, "moe_intermediate_size": 12} if experts else {}
     model, x = SpanNormForCausalLM(tiny_config(placement=placement, **sizes)).eval(), ids()
     with torch.no_grad():
-        before = model(x).logits
+        recorded = model(x, output_hidden_states=True)
+        before = recorded.logits
         cpu_offload(model, execution_device=torch.device("cpu"))
-        assert torch.equal(model(x).logits, before)
+        again = model(x, output_hidden_states=True)
+        assert torch.equal(again.logits, before)
+        assert all(map(torch.equal, again.hidden_states, recorded.hidden_states))
         if placement in ("span", "siamese"):
             model = SpanNormForCausalLM(tiny_config(placement=placement, **sizes)).eval()
             disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
             assert torch.equal(model(x).logits, before)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_replica_of_data_parallel_and_a_model_without_values_compute(tiny_config: Any, placement: str) -> None:
+    model, x = SpanNormForCausalLM(tiny_config(placement=placement)).eval(), ids()
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, replica in replicas.items():  # as torch.nn.parallel.replicate makes one
+        replica._modules = {name: child and replicas[child] for name, child in module._modules.items()}
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, parameter)
+        for name, buffer in module._buffers.items():
+            setattr(replica, name, buffer)
+    with torch.no_grad():
+        assert torch.equal(replicas[model](x).logits, model(x).logits)
+        with torch.device("meta"):
+            assert SpanNormForCausalLM(tiny_config(placement=placement))(ids()).logits.shape == (2, 9, 37)
+
+
+@peft_of_today
+@pytest.mark.parametrize(("placement", "rule"), [("gpas", None), ("mhc", None), ("pre", "rezero")])
+def test_peft_may_train_what_a_placement_owns(tiny_config: Any, placement: str, rule: str | None) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, x = SpanNormForCausalLM(tiny_config(placement=placement, depth_rule=rule)), ids()
+    before = model(x).logits
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["gains_norm"]))
+    torch.testing.assert_close(tuned(x).logits, before, rtol=0, atol=0)
+    tuned(input_ids=x, labels=x).loss.backward()
+    own = [p for name, p in tuned.named_parameters() if "gains_norm.modules_to_save" in name]
+    assert own and all(p.requires_grad and p.grad is not None for p in own)
+
+
+@pytest.mark.parametrize("placement", ["span", "mixed_input", "hc"])
+def test_a_loss_on_hidden_states_has_its_gradient_or_is_refused(tiny_config: Any, placement: str) -> None:
+    def gradient(reentrant: bool | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model, x = SpanNormForCausalLM(tiny_config(placement=placement)).train(), ids()
+        if reentrant is not None:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        out = model(x, labels=x, output_hidden_states=True, use_cache=False)
+        (out.loss + out.hidden_states[1].square().mean()).backward()
+        return model.model.embed_tokens.weight.grad
+
+    whole = gradient(None)
+    torch.testing.assert_close(gradient(False), whole, rtol=1e-5, atol=1e-7)
+    if placement == "span":
+        torch.testing.assert_close(gradient(True), whole, rtol=1e-5, atol=1e-7)
+    else:
+        with pytest.raises(InputError, match="use_reentrant=False"):
+            gradient(True)
+
+
+@peft_of_today
+def test_a_learned_prefix_is_no_token_of_the_routers(tiny_config: Any) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model, x = SpanNormForCausalLM(tiny_config(placement="span", **EXPERTS)).train(), ids()
+    plain = model(x, attention_mask=torch.ones_like(x), labels=x)
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
+    prefixed = tuned(input_ids=x, attention_mask=torch.ones_like(x), labels=x)
+    assert prefixed.loss.isfinite() and prefixed.aux_loss.shape == plain.aux_loss.shape
+    prefixed.loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -194,14 +261,18 @@ def test_a_dense_configuration_has_no_key_of_mixtures_and_a_mixture_has_all_that
     assert not hasattr(SpanNormConfig.from_dict(old), "num_experts_per_tok")
 
 
-@pytest.mark.parametrize("rule", ["rezero", "layerscale"])
-@pytest.mark.parametrize("placement", ["pre", "normformer"])
-def test_transformers_own_weight_decay_falls_on_matrices_alone(tiny_config: Any, placement: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("placement", "rule"),
+    [*((placement, None) for placement in PLACEMENTS), ("pre", "rezero"), ("normformer", "layerscale")],
+)
+def test_transformers_own_weight_decay_falls_on_matrices_alone(
+    tiny_config: Any, placement: str, rule: str | None
+) -> None:
     from transformers import Trainer
 
     model = SpanNormForCausalLM(tiny_config(placement=placement, depth_rule=rule))
     theirs = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    assert theirs == {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert theirs == {name for name, p in model.named_parameters() if p.ndim > 1 and "gains_norm" not in name}
 
 
 @torch.no_grad()

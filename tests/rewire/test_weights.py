@@ -9,6 +9,7 @@ import torch
 from rewire_families import FAMILIES, in_float64, tiny_model
 
 import spannorm
+from spannorm.errors import InputError
 from spannorm.rewiring import FAMILIES as ROWS
 
 LAYERS = 3
@@ -141,3 +142,26 @@ def test_what_depends_on_the_seed_is_the_redraw():
     assert torch.equal(weights(init="redraw", seed=3), weights(init="redraw", seed=3))
     assert not torch.equal(weights(init="redraw", seed=3), weights(init="redraw", seed=4))
     assert torch.equal(weights(init=False), weights(seed=5))
+
+
+@pytest.mark.parametrize("family", ["olmo", "nanochat"])
+def test_a_gain_for_norms_that_have_none_is_refused(family: str) -> None:
+    with pytest.raises(InputError, match="have no gain: choose a rule without `:gain`"):
+        spannorm.rewire(tiny_model(family), "peri", depth_rule="1/sqrt(L):gain")
+
+
+@pytest.mark.parametrize("init", [False, "rescale"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_new_output_norms_start_at_the_rules_gain_even_if_nothing_else_changes(family: str, init: Any) -> None:
+    model = tiny_model(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spannorm.rewire(model, "peri", depth_rule="1/sqrt(L):gain(0.283,0.432)", init=init)
+    row = ROWS[family]
+    for layer in model.base_model.layers:
+        for role, factor in (("attn_output_norm", 0.283), ("ffn_output_norm", 0.432)):
+            weight = layer.placement.get_submodule(role).weight
+            was_there = family == "gemma2" and init is False
+            gain = 1.0 if was_there else factor / LAYERS**0.5
+            torch.testing.assert_close(weight.detach() + 1 - row.unit_gain, torch.full_like(weight, gain))
+    if init is False:
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from spannorm.errors import InputError
@@ -121,8 +122,10 @@ def check(x: Tensor, f: Tensor | None) -> None:
 
 def traced() -> bool:
     """Whether only PyTorch's own operations may be used: under vmap, forward mode and exporters such as ONNX's."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return transformed or torch.compiler.is_exporting()
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    dual = forward_ad._current_level >= 0  # functorch's own forward mode is a transform
+    return dual or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
 
 
 def shared_out(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from spannorm.errors import InputError
 from spannorm.models.configuration import SpanNormConfig
 from spannorm.models.sublayers import build_attention, build_ffn
 from spannorm.shapes import State, Stream
@@ -46,7 +47,13 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
             hidden_states = self.embedding_norm(hidden_states)
         if record:
             placement = self.placement
-            self.hidden_state(placement.read(placement.enter(hidden_states) if placement.is_first else hidden_states))
+            read = placement.read(placement.enter(hidden_states) if placement.is_first else hidden_states)
+            if hidden_states.requires_grad and not read.requires_grad:
+                raise InputError(
+                    "reentrant activation checkpointing cuts the hidden states of several streams from the graph: use "
+                    "it with `use_reentrant=False`, or leave `output_hidden_states` out."
+                )
+            self.hidden_state(read)
         return self.placement(hidden_states, attn, ffn)
 
 

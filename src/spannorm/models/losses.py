@@ -48,7 +48,8 @@ def router_losses(
         router: any one of the model's.
         router_logits: of each sparse layer, (batch·seq, experts).
         targets: (batch, seq), already shifted. A sequence's weight is its share of the predictions.
-        attention_mask: (batch, seq), or (batch, heads or 1, seq, seq), boolean or additive.
+        attention_mask: (batch, keys), or (batch, heads or 1, seq, keys), boolean or additive. The last `seq` keys are
+            those of `targets`; before them stand a cache's or a learned prefix's.
         num_items_in_batch: predictions in the whole step; None means those in `targets`.
 
     Raises:
@@ -63,6 +64,7 @@ def router_losses(
     weights = predictions / (predictions.sum() if num_items_in_batch is None else num_items_in_batch)
     counted = torch.ones_like(targets) if attention_mask is None else attention_mask
     if counted.ndim == 4:  # a token counts if it may attend to itself
-        own = counted[:, 0].diagonal(dim1=-2, dim2=-1)
+        own = counted[:, 0].diagonal(counted.shape[-1] - counted.shape[-2], dim1=-2, dim2=-1)
         counted = own if own.dtype == torch.bool else own == 0
+    counted = counted[:, -targets.shape[1] :]
     return auxiliary_losses(router_logits, config.num_experts_per_tok, counted, weights, config.router_aux_scope)

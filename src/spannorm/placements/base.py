@@ -47,17 +47,18 @@ class Projection(NamedTuple):
     scale: float = 1.0
 
 
-class Gains(nn.Module):
-    """The learned parameters of a placement that are not in its norms, by name."""
+class Owned(nn.Module):
+    """Learned parameters of a placement that are not in its norms, by name."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.clone()))
 
-    def forward(self, name: str) -> Tensor | None:
+    def forward(self, name: str) -> Tensor:
         """One of them. It is a call so that tools that keep weights elsewhere (offload, ZeRO-3) can load them first."""
-        return self._parameters[name]
+        value: Tensor = getattr(self, name)
+        return value
 
 
 class Placement(nn.Module, ABC):
@@ -122,9 +123,11 @@ class Placement(nn.Module, ABC):
             for name in gains.keys() & self.__dict__.keys():  # the constant that a learned gain replaces
                 delattr(self, name)
             # Transformers' Trainer decides weight decay by name: parameters under `…_norm` have none
-            self.gains_norm = Gains(gains)
-        for name, p in self.projections().items():
-            setattr(self, name, nn.Parameter(torch.randn(p.fan_out, p.fan_in) * p.scale * p.fan_in**-0.5))
+            self.gains_norm = Owned(gains)
+        if projections := self.projections():
+            drawn = {n: torch.randn(p.fan_out, p.fan_in) * p.scale * p.fan_in**-0.5 for n, p in projections.items()}
+            self.matrices = Owned(drawn)
+        self._owner_of = {**dict.fromkeys(gains, "gains_norm"), **dict.fromkeys(projections, "matrices")}
         self.add = Add()
         for name in self.norms():
             self.add_module(name, build_norm(norm, hidden_size, eps, gain=self.norm_gain(name)))
@@ -167,8 +170,8 @@ class Placement(nn.Module, ABC):
         return {name: torch.atleast_1d(value) for name, value in gains.items()}
 
     def __getattr__(self, name: str) -> Any:
-        gains = self.__dict__.get("_modules", {}).get("gains_norm")
-        return gains(name) if gains is not None and name in gains._parameters else super().__getattr__(name)
+        owner = self.__dict__.get("_owner_of", {}).get(name)
+        return super().__getattr__(name) if owner is None else self.get_submodule(owner)(name)
 
     def projections(self) -> dict[str, Projection]:
         """The matrices that the method owns, by name. Their role is `projection`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -28,8 +29,14 @@ def copies(x: Stream, streams: int) -> State:
 
 def mixed(weights: Tensor, x: Stream) -> State:
     """Σ_i weights_ij x_i for each j, weights (…, n, m). Computed in the stream's dtype, also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return torch.matmul(weights.to(x.dtype).mT, x)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Within the block, what is computed from `x` is computed in its own dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def exact(x: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ class ManifoldHyperConnections(_Hyper):
         weights, base, gates = (getattr(self, f"{site}_{name}") for name in ("weights", "base", "gates"))
         flat, w = exact(self.unit(x, dims=2)), exact(weights).unflatten(-1, (n, self.hidden_size))
         sizes = [n, n, n * n][: len(gates)]
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             logits = torch.einsum("bsnd,knd->bsk", flat, w).split(sizes, dim=-1)
         return tuple(g * y + b for g, y, b in zip(gates, logits, base.split(sizes), strict=True))
 
@@ -225,7 +232,7 @@ class GatedResidual(Placement):
         return ("attn", "ffn", "readout") if self.is_last else ("attn", "ffn")
 
     def norms(self) -> tuple[str, ...]:
-        return tuple(f"{site}_norm_{i}" for site in self._sites() for i in range(self.options["streams"]))
+        return tuple(f"{site}_{i}_norm" for site in self._sites() for i in range(self.options["streams"]))
 
     def projections(self) -> dict[str, Projection]:
         flat = self.options["streams"] * self.hidden_size
@@ -257,7 +264,7 @@ class GatedResidual(Placement):
         return self.add(x, o, branch=scale)
 
     def _normed(self, x: State, site: str) -> State:
-        norms: Any = [self.get_submodule(f"{site}_norm_{i}") for i in range(x.shape[-2])]
+        norms: Any = [self.get_submodule(f"{site}_{i}_norm") for i in range(x.shape[-2])]
         return torch.stack([norm(stream) for norm, stream in zip(norms, x.unbind(-2), strict=True)], dim=-2)
 
     def _gated(self, normed: Stream, site: str) -> State:

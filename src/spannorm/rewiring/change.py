@@ -73,7 +73,7 @@ def _changed(
     template, classes = copy.deepcopy(norms[0]), {type(norm).__name__ for norm in norms}
     own_inner = [role for role in stack.inner_norms if has_own(layers[-1], rows[-1], role)]
     text = model.config.get_text_config(decoder=True)
-    kept, added = _rewire_layers(layers, rows, blocks, text, template)
+    kept, added = _rewire_layers(layers, rows, blocks, text, template, init)
     added |= _rewire_ends(model.base_model, row, layers, stack, template)
     own_norms = dict.fromkeys(path for own in rows for path in own.norms.values())
     dropped = tuple(path for path in own_norms if path not in kept.values())
@@ -102,7 +102,7 @@ def _changed(
 
 
 def _rewire_layers(
-    layers: Any, rows: list[Family], blocks: list[Placement], text: Any, template: nn.Module
+    layers: Any, rows: list[Family], blocks: list[Placement], text: Any, template: nn.Module, init: Init
 ) -> tuple[dict[str, str], set[str]]:
     """Give each layer its placement and norms. Returns the norms that were kept, by role, and what was added."""
     kept: dict[str, str] = {}
@@ -114,7 +114,11 @@ def _rewire_layers(
                 added.add(f"{role} (inner)")
         moved = move_norms(layer, own, block, template)
         kept |= {role: own.norms[role] for role in block.norms() if role in moved}
-        added |= set(block.norms()) - moved
+        new = set(block.norms()) - moved
+        for role in new if not init else ():  # `init` sets the gains of all, and without it new ones need theirs
+            if (weight := block.get_submodule(role)._parameters.get("weight")) is not None:
+                nn.init.constant_(weight, own.unit_gain + block.norm_gain(role) - 1.0)
+        added |= new
         rewire_layer(layer, own, block)
     return kept, added
 
@@ -234,6 +238,12 @@ def _check_sites(
                 f"{name!r} with depth rule {block.rule.name!r} treats {', '.join(apart)} apart, and which rows of "
                 f"{row.unsplit[0]} are whose an audit does not tell: write a row for {family!r} that says so by a "
                 "`Fused`."
+            )
+        norm = next((n for path in row.norms.values() if (n := find(layer, path)) is not None), None)
+        if block.rule.output_gain and norm is not None and getattr(norm, "weight", None) is None:
+            raise InputError(
+                f"depth rule {block.rule.name!r} sets the initial gain of the norms on the branches' outputs, and the "
+                f"norms of {family!r} have no gain: choose a rule without `:gain`."
             )
         for role in block.inner_norms:
             if has_own(layer, row, role):

@@ -39,8 +39,8 @@ def rewire(
         placement: a name of `spannorm.PLACEMENTS`.
         depth_rule: a name of `spannorm.depth_rule`; None means the placement's default.
         init: `rescale` multiplies the matrices that the depth rule names. `redraw` draws all weights anew, by our base
-            init `fan_in` and the depth rule. False changes no weights. None means `rescale`, or False on meta device
-            (see `spannorm.rewiring.redraw_`); it is refused if weights were loaded from a checkpoint.
+            init `fan_in` and the depth rule. False changes no weights that were there. None means `rescale`, or False
+            on meta device (see `spannorm.rewiring.redraw_`); it is refused if weights were loaded from a checkpoint.
         seed: the seed of `redraw`.
         options: the placement's own options.
 
