@@ -133,6 +133,11 @@ def test_a_loss_on_hidden_states_has_its_gradient_or_is_refused(tiny_config: Any
     else:
         with pytest.raises(InputError, match="use_reentrant=False"):
             gradient(True)
+        model = SpanNormForCausalLM(tiny_config(placement=placement))
+        with torch.no_grad():
+            given = torch.randn(2, 9, model.config.hidden_size, requires_grad=True)
+            seen = model(inputs_embeds=given, output_hidden_states=True).hidden_states
+            assert len(seen) == model.config.num_hidden_layers + 1
 
 
 @peft_of_today

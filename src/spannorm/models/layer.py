@@ -48,7 +48,8 @@ class SpanNormDecoderLayer(GradientCheckpointingLayer):
         if record:
             placement = self.placement
             read = placement.read(placement.enter(hidden_states) if placement.is_first else hidden_states)
-            if hidden_states.requires_grad and not read.requires_grad:
+            checkpointed = self.gradient_checkpointing and self.training
+            if checkpointed and hidden_states.requires_grad and not read.requires_grad:
                 raise InputError(
                     "reentrant activation checkpointing cuts the hidden states of several streams from the graph: use "
                     "it with `use_reentrant=False`, or leave `output_hidden_states` out."
