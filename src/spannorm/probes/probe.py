@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from spannorm.errors import InputError
-from spannorm.placements import Owned
 from spannorm.probes.blocks import Given, Sublayer, find_placements, intercepting, read_out
 from spannorm.probes.flow import Flow
 from spannorm.probes.record import Means, Record
@@ -69,7 +68,7 @@ class Probe(AbstractContextManager["Probe"]):
         for b, placement in enumerate(self.placements):
             self._replace(placement, "block", self._watched_block(b, placement))
             for name, site in placement.named_children():
-                if not isinstance(site, (nn.Identity, Owned)):  # which hold only parameters
+                if not isinstance(site, nn.Identity) and name not in ("gains_norm", "matrices"):  # only parameters
                     self._replace(site, "forward", self._watched_site(b, name, site))
         return self
 
