@@ -75,10 +75,10 @@ def test_processes_give_the_losses_and_weights_of_one(
     for arm in arms:
         train(short(recipe, arm, **t), tmp_path / "one" / arm, data=tokens.directory)
         for how in ("ddp", "fsdp"):
-            # hyper-connections: dynamic weights that start at 0 behind a gain of 0.01 have gradients near Adam's ε
-            near = assert_equal_runs(
-                tmp_path / "one" / arm, tmp_path / how / arm, 1e-5 if arm.startswith("hc-") else 1e-6
-            )
+            # Adam makes steps of gradients that are hardly more than rounding: hc's dynamic weights start at 0 behind a
+            # gain of 0.01, and a norm undoes the scale that mhc's first weights and gpas's last gate give the stream
+            tolerance = 1e-5 if arm.startswith(("hc-", "mhc-", "gpas-")) else 1e-6
+            near = assert_equal_runs(tmp_path / "one" / arm, tmp_path / how / arm, tolerance)
             print(f"{processes} {how:4} {arm:19}", near)
 
 
