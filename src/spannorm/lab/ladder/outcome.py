@@ -154,7 +154,7 @@ def _pairs(curve: Fit, main: Sequence[Point], plan: LadderPlan) -> list[dict[str
     """Of each pair, how many times the first's compute the second takes to the loss that the second comes to, by size
     and beyond. What lies above the largest size that both were measured at is extrapolated.
 
-    The intervals come of the same fits as the multipliers: of every arm at once.
+    The intervals come from the same kind of fit as the multipliers: of every arm at once.
     """
     sizes = [rung.compute for rung in plan.rungs[: plan.sizes]]
     at = [*sizes, *(sizes[-1] * factor for factor in BEYOND)]
