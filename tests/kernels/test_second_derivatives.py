@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from spannorm import InputError, Stack, kernels
 from spannorm.kernels import reference
 from spannorm.norms import build_norm
+from spannorm.placements import PLACEMENTS
 
 fused = importlib.import_module("spannorm.kernels.triton")
 F64, F32 = torch.float64, torch.float32
@@ -47,7 +48,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(bias, bran
         x, f, w, b = (None if t is None else next(it) for t in given)
         return kernels.add_norm(x, f, w, b, eps=EPS, skip=1.5 if branch else 1.0, branch=0.5, return_sum=return_sum)
 
-    assert torch.autograd.gradcheck(norm, own)
+    assert torch.autograd.gradcheck(norm, own, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(norm, own)
 
 
@@ -76,6 +77,20 @@ def test_second_derivatives_of_every_kernel_are_the_formulas(kernel, bias, branc
         torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("return_sum", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_batch_of_gradients_gives_the_fused_kernels_gradients_one_by_one(bias, return_sum):
+    given = leaves(F32, True, bias)
+    own = [t for t in given if t is not None]
+    outputs = fused.add_norm(*given, EPS, 1.5, 0.5, return_sum)
+    outputs = outputs if return_sum else (outputs,)
+    batch = [torch.randn(5, *o.shape) for o in outputs]
+    actual = torch.autograd.grad(outputs, own, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(outputs, own, list(u), retain_graph=True) for u in zip(*batch, strict=True)]
+    for a, b in zip(actual, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
 class Model(nn.Module):
     """Two blocks around small sublayers."""
 
@@ -84,11 +99,14 @@ class Model(nn.Module):
         self.placements = nn.ModuleList(Stack(placement, 2, norm=norm).blocks(8))
         self.sublayers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def states(self, x: Tensor) -> Tensor:
         for b, placement in enumerate(self.placements):
             attn, ffn = self.sublayers[2 * b : 2 * b + 2]
             x = placement(x, lambda y, f=attn: torch.tanh(f(y)), lambda y, f=ffn: torch.tanh(f(y)))
-        return x.tanh().sum()
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.states(x).tanh().sum()
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
@@ -115,6 +133,19 @@ def test_a_hessian_vector_product_is_that_of_finite_differences(placement, norm)
     for product, plus, minus in zip(products, *moved, strict=True):
         torch.testing.assert_close(product, (plus - minus) / (2 * step), rtol=1e-5, atol=1e-6)
     assert max(p.abs().max() for p in products) > 0.1
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_vectorized_jacobian_is_the_one_by_rows(placement):
+    model = Model(placement, "rmsnorm").double()
+    own = tuple(model.parameters())
+    blocks = torch.randn(2, 3, 8, dtype=F64).requires_grad_()
+    states = model.states(blocks)
+    rows = torch.randn(4, *states.shape, dtype=F64)
+    actual = torch.autograd.grad(states, (blocks, *own), rows, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(states, (blocks, *own), row, retain_graph=True) for row in rows]
+    for a, b in zip(actual, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
 
 
 # PyTorch's own forward mode is scripted, which it deprecates

@@ -63,7 +63,7 @@ def test_value_and_gradient_are_the_formulas(n, rounds, kernel, dtype, tolerance
 
 def test_first_and_second_derivatives_are_those_of_finite_differences():
     x = positive(5, 3, 3).movedim(0, -1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: doubly_stochastic(x, 4, EPS), x)
+    assert torch.autograd.gradcheck(lambda x: doubly_stochastic(x, 4, EPS), x, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: doubly_stochastic(x, 4, EPS), x)
 
 

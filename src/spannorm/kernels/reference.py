@@ -57,7 +57,15 @@ def differentiate(
     total = through * rstd if ds is None else through * rstd + ds
     if drstd is not None:
         total = total - drstd * rstd.square() * n / y.shape[-1]
-    return total, (dy * n).flatten(0, -2).sum(0).to(dtype)
+    return total, (dy * n).sum(tuple(range(y.dim() - 1))).to(dtype)
+
+
+def batched(*gradients: Tensor | None) -> bool:
+    """Whether gradients are a batch (`is_grads_batched`, `jacobian(…, vectorize=True)`). Then a backward may use only
+    PyTorch's own operations, none in place, and `flatten` is not among them."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -96,7 +104,7 @@ class _AddRMSNorm(torch.autograd.Function):
         y, weight, rstd, gain = ctx.saved_tensors
         (skip, branch), (x_type, f_type) = ctx.scales, ctx.dtypes
         dw = None
-        if torch.is_grad_enabled() or drstd is not None:  # a second derivative is wanted, or is being taken
+        if torch.is_grad_enabled() or drstd is not None or batched(dy, ds):  # a second derivative is wanted, or taken
             dy = torch.zeros_like(y) if dy is None else dy
             ds, dw = differentiate(dy, drstd, ds, y, weight, None, rstd)
         elif dy is not None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spannorm.kernels.reference import batched
+
 
 def differentiable(x: Tensor, rounds: int, eps: float) -> Tensor:
     """The same from operations that can be differentiated again. Autograd keeps every step."""
@@ -25,9 +27,12 @@ def steps(rounds: int) -> list[int]:
     return [step % 2 for step in range(2 * rounds - 1)]
 
 
-def second_derivative(dy: Tensor, x: Tensor, rounds: int, eps: float) -> Tensor:
-    """The gradient with respect to x, which can be differentiated again."""
-    return torch.autograd.grad(differentiable(x, rounds, eps), x, dy, create_graph=True)[0]
+def by_autograd(dy: Tensor, x: Tensor, rounds: int, eps: float) -> Tensor:
+    """The gradient with respect to x, which can be differentiated again and takes a batch of gradients."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = differentiable(x, rounds, eps)
+    return torch.autograd.grad(y, x, dy, create_graph=again)[0]
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -43,8 +48,8 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (rounds, eps) = ctx.saved_tensors, ctx.rest
-        if torch.is_grad_enabled():
-            return second_derivative(dy, x, rounds, eps), None, None
+        if torch.is_grad_enabled() or batched(dy):
+            return by_autograd(dy, x, rounds, eps), None, None
         x, trail = x.contiguous(), []
         for dim in steps(rounds):
             s = x.sum(dim, keepdim=True).add_(eps)

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from spannorm.kernels.reference import differentiate, tiny_gain
+from spannorm.kernels.reference import batched, differentiate, tiny_gain
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether Triton interprets its kernels, which is slow and works on any device. Triton reads it at their definition."""
@@ -267,9 +267,10 @@ def _differentiate(
     skip, branch, x_type, f_type = ctx.rest
     dy = torch.zeros_like(y) if dy is None else dy
     ds = ds if ctx.keep_sum else None  # tracing gives every output a gradient, also the empty tensor
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or dr is not None):  # a second derivative
+    second = torch.is_grad_enabled() or dr is not None  # a second derivative is wanted, or is being taken
+    if not torch.compiler.is_compiling() and (second or batched(dy, ds)):
         total, dw = differentiate(dy, None if dr is None else dr[..., None], ds, y, weight, bias, rstd[..., None])
-        db = None if bias is None else dy.flatten(0, -2).sum(0, dtype=rstd.dtype).to(bias.dtype)
+        db = None if bias is None else dy.sum(tuple(range(y.dim() - 1)), dtype=rstd.dtype).to(bias.dtype)
         df = None if f_type is None else (branch * total).to(f_type)
         return (skip * total).to(x_type), df, dw, db, None, None, None, None
     dx, df, dw, db = launch(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)

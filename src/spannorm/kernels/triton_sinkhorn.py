@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spannorm.kernels.sinkhorn import second_derivative
+from spannorm.kernels.reference import batched
+from spannorm.kernels.sinkhorn import by_autograd
 from spannorm.kernels.triton import observed
 
 VALUES = 512
@@ -127,8 +128,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor, launch: Any = _backward) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        launch = second_derivative
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(dy)):
+        launch = by_autograd
     return launch(dy, x, *ctx.rest), None, None
 
 
