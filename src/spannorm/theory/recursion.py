@@ -89,7 +89,12 @@ class Walk:
             streams_out = left.unbind(-2) if left.ndim == 4 else (left,)
         self.outputs = [_parts(f)[1] for f in streams_out]
         values = [_parts(f)[0] for f in streams_out]
-        self.leaving = {(i, j): self.covariance(a, b) for i, a in enumerate(values) for j, b in enumerate(values)}
+        self.leaving = {
+            (i, j): self.covariance(a, b)
+            for i, a in enumerate(values)
+            for j, b in enumerate(values)
+            if i == j or any((k, m) in self.leaves for k in a for m in b)
+        }
         if len(values) == 1:
             self.sites["output"] = body.positions.mean(self.leaving[0, 0][0])
 
@@ -161,22 +166,22 @@ class Walk:
         Args:
             without: branches whose output is detached, so that no gradient passes through them.
         """
-        arriving: list[tuple[Coefficients, Coefficients, Covariance]] = [
-            (self.outputs[i], self.outputs[j], g) for (i, j), g in gradients.items()
-        ]
+        found: Covariances = {}
 
-        def at(i: int, j: int) -> Covariance | None:
-            parts = [cross(a[i], b[j]) * g for a, b, g in arriving if i in a and j in b]
-            return sum(parts[1:], parts[0]) if parts else None
+        def arrive(a: Coefficients, b: Coefficients, g: Covariance) -> None:
+            for i, ai in a.items():
+                for j, bj in b.items():
+                    part = cross(ai, bj) * g
+                    found[i, j] = found[i, j] + part if (i, j) in found else part
 
+        for (i, j), g in gradients.items():
+            arrive(self.outputs[i], self.outputs[j], g)
         for index in reversed(range(len(self.branches))):
             kind, sublayer, n = self.branches[index]
             leaf = self.first_branch + index
-            g = at(leaf, leaf)
-            if g is not None and kind not in without:
-                arriving.append((n, n, sublayer.backward(g)))
-        entering = {(i, j): at(i, j) for i, j in self.streams}
-        return {pair: k for pair, k in entering.items() if k is not None}
+            if (leaf, leaf) in found and kind not in without:
+                arrive(n, n, sublayer.backward(found[leaf, leaf]))
+        return {(i, j): k for (i, j), k in found.items() if max(i, j) < self.first_branch}
 
 
 def _parts(f: Any) -> list[Coefficients]:
