@@ -91,6 +91,12 @@ def test_a_batch_of_gradients_gives_the_fused_kernels_gradients_one_by_one(bias,
         torch.testing.assert_close(a, torch.stack(b))
 
 
+def test_one_vector_is_normalized_and_differentiated_as_a_row_is():
+    x, w = (torch.randn(8, dtype=F64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.add_norm(x, None, w, eps=EPS), (x, w))
+    assert torch.autograd.gradgradcheck(lambda x, w: kernels.add_norm(x, None, w, eps=EPS), (x, w))
+
+
 class Model(nn.Module):
     """Two blocks around small sublayers."""
 

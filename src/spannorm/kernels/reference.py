@@ -57,7 +57,7 @@ def differentiate(
     total = through * rstd if ds is None else through * rstd + ds
     if drstd is not None:
         total = total - drstd * rstd.square() * n / y.shape[-1]
-    return total, (dy * n).sum(tuple(range(y.dim() - 1))).to(dtype)
+    return total, (dy * n).reshape(-1, y.shape[-1]).sum(0).to(dtype)
 
 
 def batched(*gradients: Tensor | None) -> bool:
@@ -104,13 +104,14 @@ class _AddRMSNorm(torch.autograd.Function):
         y, weight, rstd, gain = ctx.saved_tensors
         (skip, branch), (x_type, f_type) = ctx.scales, ctx.dtypes
         dw = None
-        if torch.is_grad_enabled() or drstd is not None or batched(dy, ds):  # a second derivative is wanted, or taken
+        second = torch.is_grad_enabled() or drstd is not None  # a second derivative is wanted, or is being taken
+        if second or batched(dy, ds):
             dy = torch.zeros_like(y) if dy is None else dy
             ds, dw = differentiate(dy, drstd, ds, y, weight, None, rstd)
         elif dy is not None:
             dy, y = dy.to(rstd.dtype), y.to(rstd.dtype)
             product = dy * y
-            dw = product.flatten(0, -2).sum(0).div_(gain).to(weight.dtype)
+            dw = product.reshape(-1, y.shape[-1]).sum(0).div_(gain).to(weight.dtype)
             along = torch.mul(y, product.mean(-1, keepdim=True), out=product)
             through = (dy * gain).addcdiv_(along, gain, value=-1).mul_(rstd)
             ds = through if ds is None else through.add_(ds)

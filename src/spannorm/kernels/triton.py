@@ -270,7 +270,7 @@ def _differentiate(
     second = torch.is_grad_enabled() or dr is not None  # a second derivative is wanted, or is being taken
     if not torch.compiler.is_compiling() and (second or batched(dy, ds)):
         total, dw = differentiate(dy, None if dr is None else dr[..., None], ds, y, weight, bias, rstd[..., None])
-        db = None if bias is None else dy.sum(tuple(range(y.dim() - 1)), dtype=rstd.dtype).to(bias.dtype)
+        db = None if bias is None else dy.reshape(-1, y.shape[-1]).sum(0, dtype=rstd.dtype).to(bias.dtype)
         df = None if f_type is None else (branch * total).to(f_type)
         return (skip * total).to(x_type), df, dw, db, None, None, None, None
     dx, df, dw, db = launch(dy, ds, y, weight, bias, rstd, skip, branch, x_type, f_type)
