@@ -1,7 +1,8 @@
 """The placements' equations, written from the papers with torch alone, without the package.
 
 A reference reads a `Case`: the sublayers `A` and `F`, the norm `N(x, name)`, the branch factors `ca` and `cf`, the
-block index `b` and the depth `L`. It returns what the block hands on.
+block index `b` and the depth `L`, and where it needs them learned tensors `leaf(name, *shape)`, the `width` and the
+norms' `eps`. It returns what the block hands on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ def own_parameters(placement: nn.Module) -> dict[str, nn.Parameter]:
 
 class Case:
     """One block's norms, gains and sublayers as plain tensors with gradients, made when they are first asked for."""
+
+    width, eps = WIDTH, EPS
 
     def __init__(self, norm: str, b: int, L: int, factors: tuple[float, float] | str) -> None:
         self.norm, self.b, self.L = norm, b, L
@@ -150,7 +153,8 @@ def averaged(k: Case, x: Tensor) -> Tensor:
 
 def channel(k: Case, x: Tensor) -> Tensor:
     def added(x: Tensor, f: Tensor, site: str) -> Tensor:
-        a, b, c, e = (k.leaf(f"{site}_{n}", WIDTH) for n in ("skip_gain", "skip_shift", "branch_gain", "branch_shift"))
+        names = ("skip_gain", "skip_shift", "branch_gain", "branch_shift")
+        a, b, c, e = (k.leaf(f"{site}_{name}", k.width) for name in names)
         return k.sum(site, a * (x + b), c * (f + e))
 
     h = added(x, k.ca * k.A(k.N(x, "attn_norm")), "attn")
@@ -202,7 +206,7 @@ def hc(k: Case, state: Tensor) -> Tensor:
     n, R = 4, streams_of(k, state, 4)
     for site, f, c in (("attn", k.A, k.ca), ("ffn", k.F, k.cf)):
         read, write, mix = k.leaf(f"{site}_read", n), k.leaf(f"{site}_write", n), k.leaf(f"{site}_mix", n, n)
-        s, w = k.leaf(f"{site}_dynamic_scale", 2), k.leaf(f"{site}_dynamic", n + 2, WIDTH)
+        s, w = k.leaf(f"{site}_dynamic_scale", 2), k.leaf(f"{site}_dynamic", n + 2, k.width)
         t = torch.tanh(k.N(torch.stack(R, dim=2), f"{site}_stream_norm") @ w.T).unbind(2)
         u = sum((read[i] + s[0] * t[i][..., 1:2]) * R[i] for i in range(n))
         skip = [sum((mix[i, j] + s[0] * t[i][..., 2 + j, None]) * R[i] for i in range(n)) for j in range(n)]
@@ -214,8 +218,8 @@ def hc(k: Case, state: Tensor) -> Tensor:
 def mhc_logits(k: Case, R: list[Tensor], site: str, sizes: list[int]) -> list[Tensor]:
     n = len(R)
     flat = torch.cat(R, dim=-1)
-    flat = flat / torch.sqrt((flat * flat).mean(-1, keepdim=True) + EPS)
-    logits = flat @ k.leaf(f"{site}_weights", sum(sizes), n * WIDTH).T
+    flat = flat / torch.sqrt((flat * flat).mean(-1, keepdim=True) + k.eps)
+    logits = flat @ k.leaf(f"{site}_weights", sum(sizes), n * k.width).T
     gates, base = k.leaf(f"{site}_gates", len(sizes)), k.leaf(f"{site}_base", sum(sizes))
     return [g * y + b for g, y, b in zip(gates, logits.split(sizes, -1), base.split(sizes), strict=True)]
 
@@ -245,19 +249,19 @@ def mhc_readout(k: Case, state: Tensor) -> Tensor:
 
 
 def gated_read(k: Case, R: list[Tensor], site: str) -> tuple[Tensor, Tensor]:
-    n, r = len(R), 1  # an eighth of the width
+    n, r = len(R), k.width // 8
     normed = [k.N(x, f"{site}_{i}_norm") for i, x in enumerate(R)]
     flat = torch.cat(normed, dim=-1)
-    inside = flat @ k.leaf(f"{site}_down", r, n * WIDTH).T / n
-    gates = torch.sigmoid(inside * torch.sigmoid(inside) @ k.leaf(f"{site}_up", n * WIDTH, r).T)
-    return sum(gates[..., i * WIDTH : (i + 1) * WIDTH] * x for i, x in enumerate(normed)) / n, flat
+    inside = flat @ k.leaf(f"{site}_down", r, n * k.width).T / n
+    gates = torch.sigmoid(inside * torch.sigmoid(inside) @ k.leaf(f"{site}_up", n * k.width, r).T)
+    return sum(gates[..., i * k.width : (i + 1) * k.width] * x for i, x in enumerate(normed)) / n, flat
 
 
 def gated(k: Case, state: Tensor) -> Tensor:
     n, R = 4, streams_of(k, state, 4)
     for site, f, c in (("attn", k.A, k.ca), ("ffn", k.F, k.cf)):
         u, flat = gated_read(k, R, site)
-        w = 2 * torch.sigmoid(flat @ k.leaf(f"{site}_write", n, n * WIDTH).T / n)
+        w = 2 * torch.sigmoid(flat @ k.leaf(f"{site}_write", n, n * k.width).T / n)
         R = into_streams(k, site, R, [w[..., i, None] for i in range(n)], c * f(u))
     state = torch.stack(R, dim=2)
     return gated_readout(k, state) if k.b == k.L - 1 else state
@@ -268,9 +272,9 @@ def gated_readout(k: Case, state: Tensor) -> Tensor:
 
 
 def attended(k: Case, sources: list[Tensor], site: str, form: str = "paper") -> Tensor:
-    q = k.leaf(f"{site}_query", WIDTH)
-    unit = [v / torch.sqrt((v * v).mean(-1, keepdim=True) + EPS) for v in sources]
-    logits = [(u @ q)[..., None] / (math.sqrt(WIDTH) if form == "inkling" else 1) for u in unit]
+    q = k.leaf(f"{site}_query", k.width)
+    unit = [v / torch.sqrt((v * v).mean(-1, keepdim=True) + k.eps) for v in sources]
+    logits = [(u @ q)[..., None] / (math.sqrt(k.width) if form == "inkling" else 1) for u in unit]
     total = sum(y.exp() for y in logits)
     return sum(y.exp() / total * v for y, v in zip(logits, unit if form == "inkling" else sources, strict=True))
 

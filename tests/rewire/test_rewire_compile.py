@@ -39,7 +39,7 @@ def compiled(*arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["span", "subln", "hybrid"])
+@pytest.mark.parametrize("placement", ["span", "subln", "hybrid", "mhc", "gated", "attnres_block"])
 def test_every_rewired_family_is_one_graph(placement):
     from rewire_families import FAMILIES
 

@@ -16,6 +16,7 @@ from spannorm.rewiring.families import Family
 from spannorm.rewiring.layers import RewiredBody, RewiredLayer
 from spannorm.rewiring.report import Init, Rewiring, notes_of
 from spannorm.rewiring.surgery import (
+    eps_of,
     find,
     fresh_norm,
     has_own,
@@ -50,7 +51,7 @@ def change(
     loaded = _loaded(model)
     rows = _rows(model, row, layers)
     init = init if init is not None else False if is_meta(model) else "rescale"
-    stack = Stack(placement, len(layers), depth_rule, options)
+    stack = Stack(placement, len(layers), depth_rule, options, eps=eps_of(_norms(layers, rows)[0]))
     text: Any = model.config.get_text_config(decoder=True)
     blocks = stack.blocks(text.hidden_size)
     _check_sites(model, rows, layers, stack, blocks)
@@ -67,9 +68,7 @@ def _changed(
 ) -> Rewiring:  # fmt: skip
     """Do it, once all is checked; the weights come last."""
     layers: Any = find(model.base_model, row.layers)
-    norms = [
-        norm for layer, own in zip(layers, rows, strict=True) for p in own.norms.values() if (norm := find(layer, p))
-    ]
+    norms = _norms(layers, rows)
     template, classes = copy.deepcopy(norms[0]), {type(norm).__name__ for norm in norms}
     own_inner = [role for role in stack.inner_norms if has_own(layers[-1], rows[-1], role)]
     text = model.config.get_text_config(decoder=True)
@@ -99,6 +98,13 @@ def _changed(
         weights=tuple(weights),
         notes=tuple(notes),
     )
+
+
+def _norms(layers: Any, rows: list[Family]) -> list[nn.Module]:
+    """The layers' own norms."""
+    return [
+        norm for layer, own in zip(layers, rows, strict=True) for p in own.norms.values() if (norm := find(layer, p))
+    ]
 
 
 def _rewire_layers(

@@ -82,6 +82,12 @@ def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -
     return moved
 
 
+def eps_of(norm: nn.Module) -> float:
+    """The norm's epsilon by the names it has in Transformers and PyTorch; 1e-6 where it has none."""
+    found = (getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    return next((eps for eps in found if isinstance(eps, float)), 1e-6)
+
+
 def fresh_norm(template: nn.Module, row: Family, size: int | None = None) -> nn.Module:
     """A new norm of the family's own kind with gain 1, over the stream or over `size` channels."""
     norm: Any = copy.deepcopy(template)

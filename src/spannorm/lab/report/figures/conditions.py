@@ -79,25 +79,25 @@ def _against(key: str, rest: Condition, group: Sequence[ArmsThere], number: int)
     arms = list({arm.label: replace(arm, runs=[]) for _, arms in group for arm in arms}.values())[:MAX_ARMS]
     fig, axes, label = panels(2, arms)
     known = [condition[key] for condition, _ in group]
-    losses, ends, any_rate = list[float](), {}, False
+    losses, ends, best = list[float](), {}, set[float]()
     for arm in arms:
         there = [(condition[key], a) for condition, arms_there in group for a in arms_there if a.label == arm.label]
         losses += _losses_against(axes[0], arm, there)
         rates = _rates_against(axes[1], arm, [(x, a) for x, a in there if a.final_losses])
-        any_rate = any_rate or bool(rates)
+        best.update(rate for _, rate in rates)
         if rates and rates[-1][0] == known[-1]:
             ends[arm.label] = rates[-1][1]
     if losses:
         axes[0].set_ylim(*limits(losses))
+    if best:
+        axes[1].set_yscale("log")
+        axes[1].set_yticks(sorted(best), [f"{rate:.3g}" for rate in sorted(best)])
     what = _name(key)
     for ax in axes:
         _scale(ax, known)
         ax.set_xlabel(what, parse_math=False)
     axes[0].set(title="loss at its best learning rate", ylabel="loss (nats per token)")
     axes[1].set(title="best learning rate")
-    if any_rate:
-        axes[1].set_yscale("log")
-        plain_log(axes[1].yaxis)
     label(axes[1], ends)
     caption = (
         f"Each arm at its own best learning rate against {what}{f' ({condition_words(rest)})' if rest else ''}. Left: "
