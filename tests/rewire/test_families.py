@@ -181,7 +181,8 @@ def test_saved_and_loaded_it_is_the_same_model_and_plain_loading_refuses(family,
     state, back = model.state_dict(), again.state_dict()
     assert list(state) == list(back) and all(torch.equal(state[k], back[k]) for k in state)
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, again(IDS).logits)
+        # a tensor of a file lies at another address, by which a product of a matrix and a vector may round
+        torch.testing.assert_close(model(IDS).logits, again(IDS).logits, rtol=0, atol=1e-6)
     for plain in (type(model), type(model.base_model)):
         with pytest.raises(FileNotFoundError, match=r"this model was rewired, load it with spannorm\.load"):
             plain.from_pretrained(tmp_path)
