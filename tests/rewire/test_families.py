@@ -153,7 +153,7 @@ def test_each_block_is_the_equation_around_the_familys_own_sublayers(family, pla
                 b=b,
                 L=LAYERS,
                 width=x.shape[-1],
-                eps=1e-6 if family == "olmo" else eps_of(family, model.config),  # OLMo's norm does not say its own
+                eps=eps_of(family, model.config),
                 leaf=lambda name, *shape, own=own: own[name].view(shape),
                 sum=lambda site, skip, f: skip + f,
             )

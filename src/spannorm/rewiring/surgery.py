@@ -83,9 +83,9 @@ def move_norms(layer: Any, row: Family, block: Placement, template: nn.Module) -
 
 
 def eps_of(norm: nn.Module) -> float:
-    """The norm's epsilon by the names it has in Transformers and PyTorch; 1e-6 where it has none."""
-    found = (getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
-    return next((eps for eps in found if isinstance(eps, float)), 1e-6)
+    """The norm's epsilon, by its names in Transformers. OLMo's norm keeps none: it has PyTorch's LayerNorm's, 1e-5."""
+    found = (getattr(norm, name, None) for name in ("variance_epsilon", "eps"))
+    return next((eps for eps in found if isinstance(eps, float)), 1e-5)
 
 
 def fresh_norm(template: nn.Module, row: Family, size: int | None = None) -> nn.Module:
